@@ -1,0 +1,339 @@
+"""Upwell against transformers on the same weights, in one run: prefill, decode, training, peak memory.
+
+    python benchmarks/vs_transformers.py [--quick] [--json OUT] [--only prefill|decode|train]
+
+Six layers [0, 4, 128, 4, 128, 4], hidden 256, 16.6 M parameters, FP32, 2 threads. Transformers runs in its best
+configuration: malloc tuned (both sides), chunked prefill where that is faster, the faster of its expert paths, logits
+of the last token only. Runs alternate, A B A B; medians and spreads are printed, and the ratio of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A page's first touch is the dearest part of large temporaries: keep freed memory in the process.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+GEOMETRY: dict[str, Any] = dict(
+    vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=16, head_dim=64, qk_rope_head_dim=32,
+    q_lora_rank=64, o_lora_rank=64, o_groups=4, sliding_window=128, index_n_heads=8, index_head_dim=32, index_topk=128,
+    n_routed_experts=20, num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=1, routed_scaling_factor=1.5,
+    swiglu_limit=10.0, compress_ratios=[0, 4, 128, 4, 128, 4],
+)  # fmt: skip
+BARS = {"prefill 512": 2, "prefill 2048": 4, "prefill 8192": 8, "decode x1": 8, "decode x8": 6, "train 8x512": 4}
+THREADS = 2
+
+
+def build() -> tuple[Any, Any]:
+    """Transformers' model with random weights, and ours with the same ones."""
+    import torch
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    from upwell.checkpoint.names import hf_name
+    from upwell.config import ModelConfig
+    from upwell.model import Transformer
+
+    torch.manual_seed(0)
+    config = DeepseekV4Config(**GEOMETRY)
+    config._attn_implementation = "eager"
+    theirs = DeepseekV4ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("tid2eid"):
+                buffer.copy_(torch.rand(*buffer.shape[:1], 20, generator=generator).argsort(1)[:, : buffer.shape[1]])
+    ours = Transformer(ModelConfig.from_dict(config.to_dict()).with_mtp(0)).eval()
+    state = theirs.state_dict()
+    ours.load_state_dict({name: state[hf_name(name)] for name in ours.state_dict()})
+    return theirs, ours
+
+
+class Ours:
+    """Prefill, decode and training through Upwell's model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def cache(self, batch: int, tokens: int) -> Any:
+        import torch
+
+        from upwell.model import KVCache
+
+        per_sequence = -(-tokens // 256)
+        self.tables = [list(range(b * per_sequence, (b + 1) * per_sequence)) for b in range(batch)]
+        return KVCache(self.model.config, batch * per_sequence, batch, torch.float32)
+
+    def extend(self, ids: Any, cache: Any, start: int) -> Any:
+        """Logits [B, V] after the tokens ids [B, S], which begin at position `start`."""
+        from upwell.model import Step
+
+        batch, count = ids.shape
+        step = Step(list(range(batch)), [start] * batch, [count] * batch, self.tables)
+        streams = self.model.streams(ids, cache, step)
+        return self.model.logits(streams.view(batch, count, *streams.shape[1:])[:, -1])
+
+    def prefill(self, ids: Any) -> Any:
+        cache = self.cache(ids.shape[0], ids.shape[1])
+        chunk = 2048
+        for begin in range(0, ids.shape[1], chunk):
+            logits = self.extend(ids[:, begin : begin + chunk], cache, begin)
+        return logits
+
+    def decode(self, ids: Any, steps: int) -> Callable[[], None]:
+        """Prefills ids; each call then makes `steps` greedy tokens."""
+        batch, at = ids.shape[0], ids.shape[1]
+        cache = self.cache(batch, at + 4096)
+        state = [at, self.extend(ids, cache, 0).argmax(-1, keepdim=True)]
+
+        def run() -> None:
+            for _ in range(steps):
+                state[1] = self.extend(state[1], cache, state[0]).argmax(-1, keepdim=True)
+                state[0] += 1
+
+        return run
+
+    def train_logits(self, ids: Any) -> Any:
+        return self.model(ids)
+
+
+class Theirs:
+    """The same through transformers; `chunk` and the experts' implementation are tuned before the runs."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.chunk = model, 512
+
+    def prefill(self, ids: Any) -> Any:
+        past = None
+        for begin in range(0, ids.shape[1], self.chunk):
+            out = self.model(
+                ids[:, begin : begin + self.chunk], past_key_values=past, use_cache=True, logits_to_keep=1
+            )
+            past = out.past_key_values
+        return out.logits[:, -1]
+
+    def decode(self, ids: Any, steps: int) -> Callable[[], None]:
+        # batched_mm copies a weight per token: fast for a step, gigabytes for a prompt.
+        chosen, self.model.config._experts_implementation = self.model.config._experts_implementation, "grouped_mm"
+        out = self.model(ids, use_cache=True, logits_to_keep=1)
+        self.model.config._experts_implementation = chosen
+        state = [out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)]
+
+        def run() -> None:
+            for _ in range(steps):
+                out = self.model(state[1], past_key_values=state[0], use_cache=True)
+                state[0], state[1] = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+
+        return run
+
+    def train_logits(self, ids: Any) -> Any:
+        return self.model(ids, use_cache=False).logits
+
+    def tune(self, name: str, run: Callable[[], Any], experts: tuple[str, ...], chunks: tuple[int, ...]) -> None:
+        """Keep the fastest of the settings for what comes next, and say so."""
+        best = None
+        for implementation in experts:
+            for chunk in chunks:
+                self.model.config._experts_implementation, self.chunk = implementation, chunk
+                run()
+                begin = time.perf_counter()
+                run()
+                cost = time.perf_counter() - begin
+                if best is None or cost < best[0]:
+                    best = (cost, implementation, chunk)
+        assert best is not None
+        self.model.config._experts_implementation, self.chunk = best[1], best[2]
+        print(f"  transformers at its best for {name}: experts {best[1]}, chunk {best[2]}", flush=True)
+
+
+def interleave(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of a and b, alternating, after one warm-up of each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    a(), b()
+    for _ in range(rounds):
+        for run, kept in ((a, times[0]), (b, times[1])):
+            begin = time.perf_counter()
+            run()
+            kept.append(time.perf_counter() - begin)
+    return times
+
+
+class Report:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, tokens: int, ours: list[float], theirs: list[float]) -> None:
+        mine, other = statistics.median(ours), statistics.median(theirs)
+        row = {
+            "name": name, "tokens": tokens, "ours_tok_s": tokens / mine, "theirs_tok_s": tokens / other,
+            "ours_s": ours, "theirs_s": theirs, "ratio": other / mine, "bar": BARS.get(name),
+        }  # fmt: skip
+        self.rows.append(row)
+
+        def spread(times: list[float]) -> str:
+            rate = f"{tokens / statistics.median(times):10,.0f}"
+            return f"{rate} ({tokens / max(times):,.0f}..{tokens / min(times):,.0f})"
+
+        bar = "" if row["bar"] is None else f"   bar {row['bar']}x: {'met' if row['ratio'] >= row['bar'] else 'MISSED'}"
+        print(f"{name:14s} ours {spread(ours)}  transformers {spread(theirs)}  {row['ratio']:.2f}x{bar}", flush=True)
+
+
+def check(ours: Ours, theirs: Theirs, ids: Any) -> float:
+    """Largest difference of the logits over their scale, by prefill and by full forward.
+
+    Up to index_topk entries, where no near-tie of the selection can make two right answers differ.
+    """
+    import torch
+
+    full = theirs.model(ids, use_cache=False).logits
+    scale = full.abs().max()
+    difference = max(
+        float((ours.model(ids) - full).abs().max() / scale),
+        float((ours.prefill(ids) - full[:, -1]).abs().max() / scale),
+    )
+    torch.set_grad_enabled(False)
+    if difference > 1e-4:
+        raise SystemExit(f"logits differ by {difference:.1e} of their scale: not the same model, no comparison")
+    return difference
+
+
+def training(model_logits: Callable[[Any], Any], model: Any, ids: Any) -> Callable[[], None]:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run() -> None:
+        with torch.enable_grad():
+            logits = model_logits(ids)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def long_prefill() -> None:
+    """In a process of its own: our 16k prefill's cost per token against 1k's, and its peak memory above weights."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
+    theirs, model = build()
+    del theirs
+    ours = Ours(model)
+    ids = torch.randint(0, GEOMETRY["vocab_size"], (1, 16384))
+    ours.prefill(ids[:, :8])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds: dict[int, list[float]] = {1024: [], 16384: []}
+    for _ in range(3):
+        for n, kept in seconds.items():
+            begin = time.perf_counter()
+            ours.prefill(ids[:, :n])
+            kept.append((time.perf_counter() - begin) / n)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    weights = sum(p.nbytes for p in model.parameters())
+    print(json.dumps({
+        "per_token_1k_s": statistics.median(seconds[1024]), "per_token_16k_s": statistics.median(seconds[16384]),
+        "peak_above_start_bytes": peak * 1024, "weight_bytes": weights,
+    }))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter decodes")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--only", choices=("prefill", "decode", "train"))
+    parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    if args.long_prefill:
+        long_prefill()
+        return
+
+    import torch
+    import transformers
+
+    from upwell.ops import native
+
+    torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
+    theirs_model, ours_model = build()
+    ours, theirs = Ours(ours_model), Theirs(theirs_model)
+    parameters = sum(p.numel() for p in ours_model.parameters())
+    machine = {"cpu": _cpu(), "threads": THREADS, "torch": torch.__version__, "transformers": transformers.__version__,
+               "python": platform.python_version(), "kernels": native.describe()}  # fmt: skip
+    print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, FP32", flush=True)
+    ids = torch.randint(0, GEOMETRY["vocab_size"], (8, 16384), generator=torch.Generator().manual_seed(1))
+    print(f"logits agree to {check(ours, theirs, ids[:1, :512]):.1e} of their scale", flush=True)
+    report, rounds = Report(), 3 if args.quick else 7
+    extra: dict[str, Any] = {}
+    if args.only in (None, "prefill"):
+        for n in (512, 2048, 8192):
+            part = ids[:1, :n]
+            chunks = tuple(c for c in (256, 512, 1024) if c < n) + ((n,) if n <= 2048 else ())
+            probe = ids[:1, : min(n, 2048)]
+            theirs.tune(f"prefill {n}", lambda probe=probe: theirs.prefill(probe), ("eager", "grouped_mm"), chunks)
+            few = min(rounds, 3) if n > 4096 else rounds
+            times = interleave(
+                lambda part=part: ours.prefill(part), lambda part=part: theirs.prefill(part), few
+            )
+            report.add(f"prefill {n}", n, *times)
+        done = subprocess.run(
+            [sys.executable, __file__, "--long-prefill"], capture_output=True, text=True, check=True, env=os.environ
+        )
+        extra = json.loads(done.stdout.splitlines()[-1])
+        growth = extra["per_token_16k_s"] / extra["per_token_1k_s"]
+        above = extra["peak_above_start_bytes"] / 2**20
+        print(f"prefill 16k: cost per token {growth:.2f}x that at 1k (bar 1.5x), peak {above:.0f} MiB above weights "
+              "(bar 1,024 MiB)")  # fmt: skip
+    if args.only in (None, "decode"):
+        for batch in (1, 8):
+            steps = 8 if args.quick else 32
+            context = ids[:batch, :512]
+            theirs.tune(
+                f"decode x{batch}", theirs.decode(context, 4), ("eager", "grouped_mm", "batched_mm"), (512,)
+            )
+            times = interleave(ours.decode(context, steps), theirs.decode(context, steps), rounds)
+            report.add(f"decode x{batch}", batch * steps, *times)
+    if args.only in (None, "train"):
+        batch_ids = ids[:, :512]
+        run_theirs = training(theirs.train_logits, theirs_model, batch_ids)
+        theirs.tune("training", run_theirs, ("eager", "grouped_mm"), (512,))
+        times = interleave(training(ours.train_logits, ours_model, batch_ids), run_theirs, 2 if args.quick else 5)
+        report.add("train 8x512", 8 * 512, *times)
+    if args.json is not None:
+        result = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": machine, "parameters": parameters,
+                  "geometry": GEOMETRY, "rows": report.rows, "long_prefill": extra}  # fmt: skip
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

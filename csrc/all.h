@@ -1,0 +1,5 @@
+#include "simd.h"
+#include "gemm.h"
+#include "attention.h"
+#include "mixing.h"
+#include "forward.h"

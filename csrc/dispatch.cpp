@@ -1,0 +1,68 @@
+// Picks the instruction set at run time, and the C entry points.
+#include "kernels.h"
+
+namespace upwell {
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels* kernels;
+};
+
+bool runs(const char* name) {
+#if defined(__x86_64__)
+  if (std::strcmp(name, "avx512") == 0)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return std::strcmp(name, "baseline") == 0;
+}
+
+const Choice choices[] = {
+#if defined(__x86_64__)
+    {"avx512", &avx512::kernels},
+    {"avx2", &avx2::kernels},
+#endif
+    {"baseline", &baseline::kernels},
+};
+
+const Choice* best() {
+  for (const Choice& c : choices)
+    if (runs(c.name)) return &c;
+  return nullptr;
+}
+
+const Choice* current = best();
+
+}  // namespace
+}  // namespace upwell
+
+extern "C" {
+
+// Name of the instruction set in use.
+const char* upwell_isa() { return upwell::current->name; }
+
+// Forces one: 0, or -1 where this machine or build lacks it.
+int upwell_set_isa(const char* name) {
+  for (const auto& c : upwell::choices)
+    if (std::strcmp(c.name, name) == 0 && upwell::runs(name)) {
+      upwell::current = &c;
+      return 0;
+    }
+  return -1;
+}
+
+int64_t upwell_workspace_bytes(const upwell::Call* call, int threads) {
+  return upwell::current->kernels->workspace_bytes(*call->model, call->layers, call->layer_count, call->sequences,
+                                                   call->sequence_count, call->tokens, threads);
+}
+
+void upwell_forward(upwell::Call* call) { upwell::run_team(upwell::current->kernels->forward, call); }
+
+int64_t upwell_head_workspace_bytes(const upwell::HeadCall* call, int threads) {
+  return upwell::current->kernels->head_workspace_bytes(*call->model, call->tokens, threads);
+}
+
+void upwell_head(upwell::HeadCall* call) { upwell::run_team(upwell::current->kernels->head, call); }
+}

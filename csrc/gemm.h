@@ -1,0 +1,199 @@
+// Products with a weight in any format. Few rows: each weight row is read once and dotted with every input row.
+// Many rows: 2 vectors of weight rows are packed column-major, then a register tile runs over the inputs.
+
+constexpr int kTile = 2 * kLanes;  // weight rows a packed tile holds
+constexpr int kFewRows = 8;
+
+INLINE float ue8m0(uint8_t code) {
+  uint32_t bits = code == 0 ? 1u << 22 : code == 255 ? 0x7fc00000u : uint32_t(code) << 23;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+INLINE Vec widen_bf16(const uint16_t* p) {
+  return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Half16*>(p), VecI) << 16);
+}
+INLINE Vec widen_fp8(VecI byte) {
+  VecI magnitude = byte & 0x7f;
+  // The exponent and mantissa fields land in FP32's; 2^120 moves the bias, subnormals included.
+  Vec value = reinterpret_cast<Vec>(magnitude << 20) * 0x1p120f;
+  value = reinterpret_cast<Vec>(reinterpret_cast<VecI>(value) | ((byte & 0x80) << 24));
+  return select(magnitude == 0x7f, splat(__builtin_nanf("")), value);
+}
+INLINE Vec widen_fp4(VecI code) {  // 0, .5, 1, 1.5, 2, 3, 4, 6: an FP8-like field, exponent 2 bits, mantissa 1
+  Vec value = reinterpret_cast<Vec>((code & 7) << 22) * 0x1p126f;
+  return reinterpret_cast<Vec>(reinterpret_cast<VecI>(value) | ((code & 8) << 28));
+}
+INLINE float fp4_scalar(int code) {
+  static const float values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+  return values[code];
+}
+
+// One weight row as FP32: the row itself, or decoded into `buffer` [cols].
+static const float* weight_row(const Matrix& m, int64_t row, float* buffer) {
+  const int64_t n = m.cols;
+  if (m.format == kF32) return static_cast<const float*>(m.data) + row * n;
+  if (m.format == kBF16) {
+    const auto* p = static_cast<const uint16_t*>(m.data) + row * n;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(buffer + i, widen_bf16(p + i));
+    for (; i < n; ++i) {
+      uint32_t bits = uint32_t(p[i]) << 16;
+      __builtin_memcpy(buffer + i, &bits, 4);
+    }
+  } else if (m.format == kFP8) {
+    const auto* p = static_cast<const uint8_t*>(m.data) + row * n;
+    const uint8_t* scales = m.scale + (row / 128) * ((n + 127) / 128);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Bytes raw{};
+      const int64_t count = n - i < kLanes ? n - i : kLanes;
+      __builtin_memcpy(&raw, p + i, size_t(count));
+      Vec v = widen_fp8(__builtin_convertvector(raw, VecI)) * ue8m0(scales[i / 128]);
+      if (count == kLanes) store(buffer + i, v);
+      else store_part(buffer + i, v, int(count));
+    }
+  } else {
+    const auto* p = static_cast<const uint8_t*>(m.data) + row * (n / 2);
+    const uint8_t* scales = m.scale + row * (n / 32);
+    for (int64_t group = 0; group < n / 32; ++group) {
+      const float factor = ue8m0(scales[group]);
+      const uint8_t* bytes = p + group * 16;
+      for (int i = 0; i < 32; i += kLanes) {
+        VecI code;
+        for (int lane = 0; lane < kLanes; ++lane) code[lane] = bytes[(i + lane) / 2] >> (4 * (lane & 1));
+        store(buffer + group * 32 + i, widen_fp4(code & 15) * factor);
+      }
+    }
+  }
+  return buffer;
+}
+
+// R weight rows times C input rows, all lanes along the columns.
+template <int R, int C>
+INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
+  Vec acc[R][C] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vec xs[C];
+    for (int c = 0; c < C; ++c) xs[c] = load(x + c * ldx + i);
+    for (int r = 0; r < R; ++r) {
+      Vec v = load(w[r] + i);
+      for (int c = 0; c < C; ++c) acc[r][c] += v * xs[c];
+    }
+  }
+  if (i < n)
+    for (int r = 0; r < R; ++r) {
+      Vec v = load_part(w[r] + i, int(n - i));
+      for (int c = 0; c < C; ++c) acc[r][c] += v * load_part(x + c * ldx + i, int(n - i));
+    }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[c * ldo + r] = sum_lanes(acc[r][c]);
+}
+
+template <int R>
+static void dot_rows(const float* const* w, const float* x, int64_t ldx, int64_t t, int64_t n, float* out,
+                     int64_t ldo) {
+  int64_t c = 0;
+  for (; c + 4 <= t; c += 4) dot_tile<R, 4>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
+  if (c + 2 <= t) {
+    dot_tile<R, 2>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
+    c += 2;
+  }
+  if (c < t) dot_tile<R, 1>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
+}
+
+// MR input rows times one packed tile b [n, kTile]: lanes along the weight rows.
+template <int MR>
+INLINE void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, float* out, int64_t ldo, int width) {
+  Vec acc0[MR] = {}, acc1[MR] = {};
+  const float *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
+  const int64_t l1 = ldx, l2 = 2 * ldx, l3 = 3 * ldx;
+  for (int64_t k = 0; k < n; ++k, b += kTile, ++x0, ++x4, ++x8) {
+    const Vec b0 = load(b), b1 = load(b + kLanes);
+#define UPWELL_STEP(row, value)      \
+  if (MR > (row)) {                  \
+    const Vec v = splat(value);      \
+    acc0[(row) % MR] += v * b0;      \
+    acc1[(row) % MR] += v * b1;      \
+  }
+    UPWELL_STEP(0, x0[0]) UPWELL_STEP(1, x0[l1]) UPWELL_STEP(2, x0[l2]) UPWELL_STEP(3, x0[l3])
+    UPWELL_STEP(4, x4[0]) UPWELL_STEP(5, x4[l1]) UPWELL_STEP(6, x4[l2]) UPWELL_STEP(7, x4[l3])
+    UPWELL_STEP(8, x8[0]) UPWELL_STEP(9, x8[l1]) UPWELL_STEP(10, x8[l2]) UPWELL_STEP(11, x8[l3])
+#undef UPWELL_STEP
+  }
+  for (int r = 0; r < MR; ++r) {
+    float* o = out + r * ldo;
+    if (width == kTile) {
+      store(o, acc0[r]);
+      store(o + kLanes, acc1[r]);
+    } else if (width >= kLanes) {
+      store(o, acc0[r]);
+      store_part(o + kLanes, acc1[r], width - kLanes);
+    } else {
+      store_part(o, acc0[r], width);
+    }
+  }
+}
+constexpr int kRowTile = kLanes == 16 ? 12 : 4;  // what the registers hold: 2 accumulators a row
+
+// Rows [first, first + width) of m, packed [cols, kTile] into `tile`; missing rows are zero.
+static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, float* buffer) {
+  const float* rows[kTile];
+  const int64_t n = m.cols;
+  constexpr int kBlock = 64;
+  // Decoded formats come a row at a time; FP32 goes by blocks of columns, so that reads and writes stay in L1.
+  if (m.format != kF32) {
+    for (int r = 0; r < kTile; ++r) {
+      const float* w = r < width ? weight_row(m, first + r, buffer) : nullptr;
+      for (int64_t k = 0; k < n; ++k) tile[k * kTile + r] = w ? w[k] : 0.0f;
+    }
+    return;
+  }
+  for (int r = 0; r < width; ++r) rows[r] = static_cast<const float*>(m.data) + (first + r) * n;
+  for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
+    const int64_t k1 = k0 + kBlock < n ? k0 + kBlock : n;
+    for (int r = 0; r < width; ++r)
+      for (int64_t k = k0; k < k1; ++k) tile[k * kTile + r] = rows[r][k];
+    for (int r = width; r < kTile; ++r)
+      for (int64_t k = k0; k < k1; ++k) tile[k * kTile + r] = 0.0f;
+  }
+}
+
+static void times_tile(const float* x, int64_t ldx, int64_t t, const float* tile, int64_t n, float* out, int64_t ldo,
+                       int width) {
+  int64_t i = 0;
+  for (; i + kRowTile <= t; i += kRowTile) tile_rows<kRowTile>(x + i * ldx, ldx, tile, n, out + i * ldo, ldo, width);
+  if (kRowTile > 4)
+    for (; i + 4 <= t; i += 4) tile_rows<4>(x + i * ldx, ldx, tile, n, out + i * ldo, ldo, width);
+  for (; i < t; ++i) tile_rows<1>(x + i * ldx, ldx, tile, n, out + i * ldo, ldo, width);
+}
+
+struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
+  Matrix m;
+  const float* x;
+  int64_t ldx, t;
+  float* out;
+  int64_t ldo;
+};
+
+// Weight rows [first, first + width) of a job for its rows [t0, t1). tile: [cols * kTile] scratch, buffer [4 cols].
+static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_t t1, float* tile, float* buffer) {
+  const float* x = job.x + t0 * job.ldx;
+  float* out = job.out + t0 * job.ldo + first;
+  const int64_t t = t1 - t0, n = job.m.cols;
+  if (t > kFewRows) {
+    pack_tile(job.m, first, width, tile, buffer);
+    times_tile(x, job.ldx, t, tile, n, out, job.ldo, width);
+    return;
+  }
+  int r = 0;
+  for (; r + 4 <= width; r += 4) {
+    const float* w[4];
+    for (int i = 0; i < 4; ++i) w[i] = weight_row(job.m, first + r + i, buffer + i * n);
+    dot_rows<4>(w, x, job.ldx, t, n, out + r, job.ldo);
+  }
+  for (; r < width; ++r) {
+    const float* w = weight_row(job.m, first + r, buffer);
+    dot_rows<1>(&w, x, job.ldx, t, n, out + r, job.ldo);
+  }
+}

@@ -1,0 +1,25 @@
+// The functions that every instruction set provides.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+#include "team.h"
+
+namespace upwell {
+
+struct Kernels {
+  Body forward, head;
+  int64_t (*workspace_bytes)(const Model&, const Layer*, int64_t layers, const Sequence*, int64_t sequences,
+                             int64_t tokens, int threads);
+  int64_t (*head_workspace_bytes)(const Model&, int64_t tokens, int threads);
+};
+
+namespace baseline { extern const Kernels kernels; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+}  // namespace upwell

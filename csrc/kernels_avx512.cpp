@@ -1,0 +1,9 @@
+#include "kernels.h"
+#if defined(__x86_64__)
+// After the standard headers: their inline functions must stay runnable everywhere.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#define VECTOR_BYTES 64
+namespace upwell::avx512 {
+#include "all.h"
+}
+#endif

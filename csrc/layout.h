@@ -1,0 +1,81 @@
+// What Python hands over: plain structs of 8-byte fields, mirrored by upwell/ops/native.py.
+#pragma once
+#include <cstdint>
+
+namespace upwell {
+
+enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3 };
+
+struct Matrix {  // [rows, cols], row-major; FP8 and FP4 with UE8M0 scales as in upwell/formats
+  const void* data;
+  const uint8_t* scale;
+  int64_t rows, cols, format;
+};
+
+struct Mix {  // one sublayer's hyper-connection
+  Matrix fn;  // [(2+h)h, hD]
+  const float *base, *scale;
+};
+
+struct Compressor {
+  Matrix wkv, wgate;  // [width, D]
+  const float *ape, *norm;
+  int64_t dim, width, ratio;
+};
+
+struct Layer {
+  int64_t ratio;
+  Mix mix_attn, mix_ffn;
+  const float *attn_norm, *ffn_norm, *q_norm, *kv_norm, *sink;
+  Matrix wq_a, wq_b, wkv, wo_a, wo_b;
+  Compressor compressor, index_compressor;
+  Matrix index_wq_b, index_weights;
+  int64_t has_index;
+  Matrix gate;
+  const float* gate_bias;
+  const int64_t* tid2eid;
+  const Matrix* experts;  // w1, w3, w2 of each routed expert, then of the shared one
+};
+
+struct Model {
+  int64_t hidden, streams, heads, dim, rope, window, q_rank, o_rank, groups;
+  int64_t index_heads, index_dim, index_topk, experts, experts_per_token, inter, shared_inter;
+  int64_t sinkhorn_iters, vocab, csa_ratio;
+  double hc_eps, norm_eps, swiglu_limit, routed_scaling;
+  const float *freqs, *compress_freqs;
+};
+
+struct LayerCache {
+  float *window, *entries, *tail_kv, *tail_gate, *index_keys, *index_tail_kv, *index_tail_gate;
+  int64_t tail_ring, index_tail_ring;
+};
+
+struct Sequence {  // `length` new tokens of one sequence; its rows in the flat token axis start at `row`
+  int64_t slot, start, length, row;
+  const int64_t* table;
+};
+
+struct Call {
+  const Model* model;
+  const Layer* layers;
+  const LayerCache* caches;
+  int64_t layer_count;
+  const Sequence* sequences;
+  int64_t sequence_count, tokens, block_tokens;
+  const int64_t* ids;
+  float* streams;  // [tokens, h, D], in place
+  float* workspace;
+  int64_t workspace_floats;
+};
+
+struct HeadCall {  // hyper head, norm, output head: streams [tokens, h, D] -> logits [tokens, V]
+  const Model* model;
+  Matrix fn;
+  const float *base, *scale, *norm;
+  Matrix head;
+  int64_t tokens;
+  const float* streams;
+  float *logits, *workspace;
+};
+
+}  // namespace upwell

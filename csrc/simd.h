@@ -1,0 +1,92 @@
+// Vectors in the compiler's generic notation: the same source makes SSE2, AVX2, AVX-512 and NEON code.
+// Included inside a namespace of each instruction set, after VECTOR_BYTES is set; no include guard.
+
+constexpr int kLanes = VECTOR_BYTES / 4;
+typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(VECTOR_BYTES)));
+typedef float VecU __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t Half16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+INLINE Vec splat(float x) { return x - Vec{}; }
+INLINE Vec zero() { return Vec{}; }
+INLINE Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
+
+INLINE Vec load_part(const float* p, int n) {
+  Vec v{};
+  __builtin_memcpy(&v, p, sizeof(float) * n);
+  return v;
+}
+INLINE void store_part(float* p, Vec v, int n) { __builtin_memcpy(p, &v, sizeof(float) * n); }
+
+INLINE float sum_lanes(Vec v) {
+#if VECTOR_BYTES == 64
+  typedef float V8 __attribute__((vector_size(32)));
+  typedef float V4 __attribute__((vector_size(16)));
+  V8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  V4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#elif VECTOR_BYTES == 32
+  typedef float V4 __attribute__((vector_size(16)));
+  V4 b = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  Vec b = v;
+#endif
+  return (b[0] + b[1]) + (b[2] + b[3]);
+}
+
+// exp to about 1 ulp; exact at -inf (0), +inf and NaN.
+INLINE Vec exp_vec(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  Vec clamped = select(x > 88.0f, splat(88.0f), select(x < -87.0f, splat(-87.0f), x));
+  Vec shifted = clamped * 1.44269504f + magic;
+  Vec n = shifted - magic;
+  Vec r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  VecI power = (reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic) + 127) << 23;
+  Vec result = p * reinterpret_cast<Vec>(power);
+  result = select(x < -87.0f, zero(), result);
+  result = select(x > 88.0f, splat(__builtin_inff()), result);
+  return select(x != x, x, result);
+}
+INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_vec(-x)); }
+
+// ---- elementwise loops over n floats ----
+INLINE float dot(const float* a, const float* b, int64_t n) {
+  Vec s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + kLanes) * load(b + i + kLanes);
+    s2 += load(a + i + 2 * kLanes) * load(b + i + 2 * kLanes);
+    s3 += load(a + i + 3 * kLanes) * load(b + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) s0 += load(a + i) * load(b + i);
+  if (i < n) s1 += load_part(a + i, int(n - i)) * load_part(b + i, int(n - i));
+  return sum_lanes((s0 + s1) + (s2 + s3));
+}
+// f(Vec of a) over n floats, in place or not.
+template <class F>
+INLINE void map(float* out, const float* in, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, f(load(in + i), i));
+  if (i < n) store_part(out + i, f(load_part(in + i, int(n - i)), i), int(n - i));
+}
+INLINE Vec load_at(const float* p, int64_t i, int64_t n) {
+  return i + kLanes <= n ? load(p + i) : load_part(p + i, int(n - i));
+}
+INLINE void rms_norm(float* out, const float* x, const float* weight, int64_t n, float eps) {
+  const float scale = 1.0f / std::sqrt(dot(x, x, n) / float(n) + eps);
+  if (weight == nullptr) map(out, x, n, [&](Vec v, int64_t) { return v * scale; });
+  else map(out, x, n, [&](Vec v, int64_t i) { return v * scale * load_at(weight, i, n); });
+}

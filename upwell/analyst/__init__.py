@@ -1,0 +1,1 @@
+"""Questions on tables: sources, schema, linking, plans, SQL, results."""

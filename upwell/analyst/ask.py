@@ -1,0 +1,199 @@
+"""A question about a table, answered: link, ask the model for a plan, compile it, run it, say how it was read.
+
+The model only ever chooses among plans that the grammar allows for this table. It is asked under several column
+orders at once; the plan with the most probability over them wins, and that probability is the confidence.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from upwell.analyst.grammar import PlanGrammar, State
+from upwell.analyst.linking import link
+from upwell.analyst.plan import Plan, parse_plan
+from upwell.analyst.prompt import choose_columns, render_prompt
+from upwell.analyst.query import run_query
+from upwell.analyst.reading import describe
+from upwell.analyst.schema import TableProfile
+from upwell.analyst.slots import LinkedQuestion
+from upwell.analyst.sources import OpenTable, open_table
+from upwell.analyst.sql import to_sql
+from upwell.errors import InputError, QueryError
+
+if TYPE_CHECKING:
+    from upwell.engine import LLM
+
+Status = Literal["answer", "unsure", "refused"]
+
+SURE = 0.8  # confidence from which a reading counts as sure
+ORDERS = 4  # column orders a question is asked under
+MAX_PLAN_TOKENS = 64
+MAX_QUESTION = 2000  # characters
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the user gets. `status` answer: sure; unsure: the best reading, to be checked; refused: no reading.
+
+    confidence is a probability in 0..1; columns and rows are the result (JSON-safe values), empty when refused.
+    """
+
+    question: str
+    status: Status
+    reading: str = ""
+    sql: str | None = None
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+    confidence: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One plan and the probability the model gives it."""
+
+    plan: Plan
+    confidence: float
+
+
+class Asker:
+    """Answers questions about one open table with a planning model (the embedded nano unless given another LLM)."""
+
+    def __init__(self, llm: LLM | None = None) -> None:
+        self._llm = llm
+        self._table: OpenTable | None = None
+
+    @property
+    def llm(self) -> LLM:
+        if self._llm is None:
+            from upwell.engine import LLM
+
+            self._llm = LLM(device="cpu")
+        return self._llm
+
+    def open(self, path: str | Path, table: str | None = None) -> OpenTable:
+        """Load a file (see sources.open_table); questions go to the last one opened."""
+        self._table = open_table(path, table)
+        return self._table
+
+    def ask(self, question: str) -> Answer:
+        """Answer in terms of the open table. Raises InputError without a table or with an unusable question."""
+        if self._table is None:
+            raise InputError("no table is open", "call open(path) first")
+        text = " ".join(question.split())
+        if not text:
+            raise InputError("the question is empty", "ask something about the table")
+        if len(text) > MAX_QUESTION:
+            raise InputError(f"the question has {len(text)} characters", f"at most {MAX_QUESTION} are read")
+        profile = self._table.profile
+        linked = link(text, profile)
+        reading = self.read(profile, linked)
+        if reading.plan.kind == "noans":
+            return self._refuse(question, profile, linked, reading)
+        sql = to_sql(reading.plan, profile, linked.slots)
+        told = describe(reading.plan, profile, linked.slots)
+        try:
+            result = run_query(self._table.connection, sql)
+        except QueryError as error:
+            return Answer(question, "refused", told, sql, confidence=reading.confidence, message=error.message)
+        sure = reading.confidence >= SURE
+        message = "" if sure else "I'm not sure I read this right; this is my best reading. Is it what you meant?"
+        if result.truncated:
+            message = f"{message} Only the first {len(result.rows)} rows are kept.".strip()
+        return Answer(question, "answer" if sure else "unsure", told, sql, result.columns, result.rows,
+                      reading.confidence, message)  # fmt: skip
+
+    def read(self, profile: TableProfile, linked: LinkedQuestion) -> Reading:
+        """The most probable plan over ORDERS column orders."""
+        from upwell.engine import SamplingParams
+
+        orders = column_orders(profile, linked, ORDERS)
+        tokenizer = self.llm.tokenizer
+        masks = [PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer) for order in orders]
+        prompts = [
+            {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order))} for order in orders
+        ]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=MAX_PLAN_TOKENS, logprobs=0, stop_token_ids=[masks[0].end], ignore_eos=True
+        )
+        outputs = self.llm.generate(prompts, params, token_mask=masks)
+        weights: dict[Plan, float] = {}
+        for output, mask, order in zip(outputs, masks, orders, strict=True):
+            tokens = mask.words(output.token_ids)
+            if not tokens or tokens[-1] != "<end>":
+                continue  # ran past the longest plan: no reading
+            logprob = sum(entry.logprob for entry in output.outputs[0].logprobs or [])
+            plan = _order_free(parse_plan(tokens, order))
+            weights[plan] = weights.get(plan, 0.0) + math.exp(logprob) / len(orders)
+        if not weights:
+            return Reading(Plan("noans", reason="missing"), 0.0)
+        best = max(weights, key=lambda plan: weights[plan])
+        return Reading(best, weights[best])
+
+    def _refuse(self, question: str, profile: TableProfile, linked: LinkedQuestion, reading: Reading) -> Answer:
+        plan = reading.plan
+        if plan.reason == "ambiguous":
+            names = " or ".join(profile.columns[c].name for c in plan.columns)
+            return Answer(question, "unsure", confidence=reading.confidence, message=f"Which do you mean: {names}?")
+        if plan.reason == "notdata":
+            message = "That isn't a question this table can answer. Ask about its rows and columns."
+        else:
+            columns = ", ".join(c.name for c in profile.columns[:12])
+            message = f"I find nothing in this table that answers that. Its columns: {columns}"
+            message += " and more." if len(profile.columns) > 12 else "."
+        return Answer(question, "refused", describe(plan, profile, linked.slots), None, confidence=reading.confidence,
+                      message=message)  # fmt: skip
+
+
+class PlanMask:
+    """A token mask over one grammar: the ids that may follow the plan so far."""
+
+    def __init__(self, grammar: PlanGrammar, tokenizer: Any) -> None:
+        self.grammar = grammar
+        self._id_of, self._word_of = tokenizer.id_of, tokenizer.bytes_of
+        self.end = self._id_of("<end>")
+        self._state: State = grammar.start()
+        self._seen = 0
+        self._ids: dict[State, list[int]] = {}
+
+    def __call__(self, generated: Sequence[int]) -> list[int]:
+        for token in generated[self._seen :]:
+            self._state = self.grammar.advance(self._state, self._word(token))
+        self._seen = len(generated)
+        return [self._id_of(word) for word in self.grammar.allowed(self._state)]
+
+    def words(self, ids: Sequence[int]) -> list[str]:
+        return [self._word(i) for i in ids]
+
+    def _word(self, token: int) -> str:
+        word: str = self._word_of(token).decode()
+        return word
+
+
+def column_orders(profile: TableProfile, linked: LinkedQuestion, n: int) -> list[list[int]]:
+    """The table's own order and n - 1 fixed shuffles of it."""
+    base = choose_columns(profile, linked)
+    rng = random.Random(0)
+    orders = [base]
+    for _ in range(n - 1):
+        shuffled = list(base)
+        rng.shuffle(shuffled)
+        orders.append(shuffled)
+    return orders
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as the model was trained on it: the beginning-of-sequence token (id 0) first."""
+    return [0, *tokenizer.encode(prompt)]
+
+
+def _order_free(plan: Plan) -> Plan:
+    """An ambiguous pair has no order: the same pair is the same plan."""
+    if plan.reason != "ambiguous":
+        return plan
+    return Plan("noans", reason="ambiguous", columns=tuple(sorted(plan.columns)))

@@ -1,0 +1,57 @@
+"""The prompt that nano reads: the table's schema, then the question with its marks inline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from upwell.analyst.plan import PLAN_TOKENS
+from upwell.analyst.schema import ColumnKind, TableProfile
+from upwell.analyst.slots import LinkedQuestion, Mark
+
+MAX_COLUMNS = 24
+_KINDS = tuple(f"<{kind.value}>" for kind in ColumnKind)
+# `<year>` is both a column's kind and a plan's word: one token.
+SPECIAL_TOKENS: tuple[str, ...] = tuple(dict.fromkeys((*PLAN_TOKENS, *_KINDS, "<~>", "<schema>", "<ask>", "<plan>")))
+_SAMPLED = {ColumnKind.KEY: 2, ColumnKind.TEXT: 2, ColumnKind.CAT: 3, ColumnKind.FLAG: 2}
+_TAG = re.compile(r"<(?=[a-z~/])", re.IGNORECASE)
+
+
+def choose_columns(profile: TableProfile, linked: LinkedQuestion | None = None) -> list[int]:
+    """The columns to show, in table order: all if they fit, else the linked ones first."""
+    every = range(len(profile.columns))
+    if len(every) <= MAX_COLUMNS or linked is None:
+        return list(every)[:MAX_COLUMNS]
+    chosen = dict.fromkeys([*linked.columns, *every])
+    return sorted(list(chosen)[:MAX_COLUMNS])
+
+
+def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence[int]) -> str:
+    """`order[k]` is the real column shown at place k, which the text and the plan call <Ck>."""
+    place = {column: k for k, column in enumerate(order)}
+    parts = ["<schema>", plain(profile.name)]
+    for k, c in enumerate(order):
+        column = profile.columns[c]
+        parts += [f"<C{k}>", f"<{column.kind.value}>", plain(" ".join(column.words) or column.name)]
+        samples = column.samples[: _SAMPLED.get(column.kind, 0)]
+        if samples:
+            parts.append(": " + " | ".join(plain(sample) for sample in samples))
+    parts.append("<ask>")
+    for text, marks in linked.segments:
+        parts.append(plain(text))
+        for mark in marks:
+            parts += _render_mark(mark, place)
+    parts.append("<plan>")
+    return " ".join(part for part in parts if part)
+
+
+def _render_mark(mark: Mark, place: dict[int, int]) -> list[str]:
+    columns = [f"<C{place[c]}>" for c in mark.columns if c in place]
+    if mark.kind == "C":
+        return ["<~>", *columns] if mark.partial and columns else columns
+    return [f"<{mark.kind}{mark.index}>", *columns]
+
+
+def plain(text: str) -> str:
+    """Lower-case, one space between words, and no text that reads as a special token."""
+    return _TAG.sub("< ", " ".join(text.lower().split()))

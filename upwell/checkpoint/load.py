@@ -1,0 +1,160 @@
+"""A checkpoint directory becomes a Transformer: packed weights stay packed, and mapped from their files.
+
+FP8 matrices and FP4 (or FP8) experts are used as the files have them, wo_a among them: decoded to BF16 it would take
+twice its size out of memory that can't be dropped, where mapped pages can. Dense tensors whose dtype needs no change
+are mapped too. The mapping is private: writing to a weight never reaches the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from upwell.checkpoint.geometry import Kind
+from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
+from upwell.checkpoint.names import from_official
+from upwell.checkpoint.shards import Stored
+from upwell.config import Numerics
+from upwell.errors import InputError
+from upwell.model import Transformer
+from upwell.model.layers import Linear
+from upwell.model.moe import Experts
+from upwell.ops.rope import inverse_frequencies
+
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,
+    "I8": torch.uint8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    numerics: Numerics = "exact",
+) -> Transformer:
+    """The model of a checkpoint directory, in official or transformers' names, ready for inference.
+
+    dtype: float32 or bfloat16 for activations and unquantized weights; None takes the checkpoint's own. Norms, mHC,
+    sinks, position biases and routing biases are FP32 always. Everything is checked before anything large is
+    allocated: raises CheckpointError or ConfigError, one line naming file and tensor.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise InputError(f"dtype {dtype} isn't supported", "use torch.float32 or torch.bfloat16")
+    plan = plan_checkpoint(Path(path))
+    with torch.device("meta"):
+        model = Transformer(plan.config, numerics)
+    _Filler(model, plan, dtype, torch.device(device)).fill()
+    return model.eval()
+
+
+class MappedFiles:
+    """safetensors files mapped into memory, each once; tensors are views of the mapping."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[Path, Tensor] = {}
+
+    def tensor(self, stored: Stored) -> Tensor:
+        """The stored tensor without a copy (with one where its offset in the file isn't a multiple of its item)."""
+        if stored.file not in self._bytes:
+            with stored.file.open("rb") as stream:
+                mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._bytes[stored.file] = torch.frombuffer(mapping, dtype=torch.uint8)
+        raw = self._bytes[stored.file][stored.start : stored.end]
+        dtype = DTYPES[stored.dtype]
+        if stored.start % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).view(stored.shape)
+
+
+class _Filler:
+    """Puts a plan's tensors into a model that was built on the meta device."""
+
+    def __init__(self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.model, self.plan, self.device = model, plan, device
+        self.official = model.numerics == "official"
+        self.files = MappedFiles()
+        embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
+        self.dtype = dtype or DTYPES[embed.dtype]
+
+    def fill(self) -> None:
+        for slot, weight in self.plan.single:
+            self._set_tensor(from_official(slot.name), slot.kind, weight)
+        for layer, (w13, w2) in self.plan.stacked.items():
+            module = self._experts(layer)
+            module.w13, module.w2 = self._parameter(self._dense(w13)), self._parameter(self._dense(w2))
+        for layer, parts in self.plan.experts.items():
+            self._set_experts(self._experts(layer), parts)
+        self._set_frequencies()
+
+    def _set_tensor(self, name: str, kind: Kind, weight: Weight) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        tensor, scale = weight
+        if scale is not None:
+            assert isinstance(module, Linear)
+            module.weight = nn.Parameter(self._as_stored(tensor), requires_grad=False)
+            module.scale = self._as_stored(scale)
+            # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
+            module.quantize_input = self.official and not path.endswith("wo_a")
+        elif kind == "table":
+            setattr(module, leaf, self._as_stored(tensor))
+        else:
+            value = self.files.tensor(tensor).to(self.device, self._dtype_of(kind))
+            setattr(module, leaf, self._parameter(value) if leaf in module._parameters else value)
+
+    def _dtype_of(self, kind: Kind) -> torch.dtype:
+        if kind in ("float", "norm") or (kind == "router" and self.official):
+            return torch.float32
+        return self.dtype
+
+    def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
+        experts = range(module.n)
+        if parts["w1"][0][1] is not None:
+            module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
+            module.quantize_input = self.official
+            return
+        # Dense experts are stacked: one product per expert over a contiguous stack, and trainable.
+        w13 = torch.empty(module.w13.shape, dtype=self.dtype, device=self.device)
+        w2 = torch.empty(module.w2.shape, dtype=self.dtype, device=self.device)
+        inter = w13.shape[1] // 2
+        for e in experts:
+            w13[e, :inter] = self.files.tensor(parts["w1"][e][0])
+            w13[e, inter:] = self.files.tensor(parts["w3"][e][0])
+            w2[e] = self.files.tensor(parts["w2"][e][0])
+        module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
+
+    def _set_frequencies(self) -> None:
+        config = self.plan.config
+        r = config.qk_rope_head_dim
+        self.model.freqs = inverse_frequencies(r, config.rope_theta, None).to(self.device)
+        self.model.compress_freqs = inverse_frequencies(r, config.compress_rope_theta, config.yarn).to(self.device)
+
+    def _experts(self, layer: str) -> Experts:
+        module = self.model.get_submodule(layer)
+        assert isinstance(module, Experts)
+        return module
+
+    def _packed(self, weight: Weight) -> tuple[Tensor, Tensor]:
+        tensor, scale = weight
+        assert scale is not None
+        return self._as_stored(tensor), self._as_stored(scale)
+
+    def _as_stored(self, stored: Stored) -> Tensor:
+        return self.files.tensor(stored).to(self.device)
+
+    def _dense(self, stored: Stored) -> Tensor:
+        return self.files.tensor(stored).to(self.device, self.dtype)
+
+    @staticmethod
+    def _parameter(value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value)

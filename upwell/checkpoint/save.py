@@ -1,0 +1,278 @@
+"""A Transformer becomes a checkpoint directory, in the official names and formats or in transformers'.
+
+Weights are encoded and written one at a time, so the peak is one tensor, not the model. Every file is written under
+a temporary name and renamed when all are complete, the index last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, fp8_scale_shape, is_mtp, slots
+from upwell.checkpoint.names import from_official, hf_name
+from upwell.checkpoint.shards import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
+from upwell.config import ModelConfig
+from upwell.errors import CheckpointError
+from upwell.formats.fp4 import GROUP, quantize_fp4
+from upwell.formats.fp8 import quantize_fp8
+from upwell.model import Transformer
+from upwell.model.layers import Linear
+from upwell.model.moe import Experts
+from upwell.ops.linear import dense_weight
+
+Format = Literal["official", "transformers"]
+
+_FLOAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_SHARD_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def save_checkpoint(
+    model: Transformer,
+    path: str | os.PathLike[str],
+    format: Format = "official",
+    quantize: bool = True,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json and safetensors shards (with an index where there are several) to directory `path`.
+
+    official, quantize: FP8 matrices and FP4 experts as in DeepSeek's releases, BF16 and FP32 for the rest; weights
+    that are packed in `model` are written as they are. Without `quantize`: everything decoded, in the model's dtype.
+    transformers: its names, always decoded, without the MTP blocks, which it doesn't have.
+    Raises CheckpointError if a dimension doesn't fit the formats, before anything is written.
+    """
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: isn't a directory", "name a directory to write to")
+    config = model.config
+    if format == "official":
+        pieces = list(_official_pieces(model, quantize))
+        has_fp4 = any(name.endswith(".w1.weight") and dtype == "I8" for p in pieces for name, dtype, _ in p.tensors)
+        config = replace(
+            config, quant_method="fp8" if quantize else None, expert_dtype="fp4" if quantize and has_fp4 else None
+        )
+        raw_config = config.to_official() | {"torch_dtype": str(torch.bfloat16 if quantize else model.dtype)[6:]}
+    else:
+        pieces = list(_hf_pieces(model))
+        raw_config = hf_config(config) | {"dtype": str(model.dtype)[6:]}
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory, raw_config, _shards(pieces, max_shard_bytes))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them."""
+
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    make: Callable[[], tuple[Tensor, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in self.tensors)
+
+
+def _official_pieces(model: Transformer, quantize: bool) -> Iterator[_Piece]:
+    for slot in slots(model.config):
+        if slot.kind == "expert":
+            for e in range(slot.count):
+                yield _weight_piece(slot, slot.name.format(e), _expert_weight(model, slot, e), model.dtype, quantize)
+        elif slot.kind == "matrix":
+            module = model.get_submodule(slot.name.removesuffix(".weight"))
+            assert isinstance(module, Linear)
+            yield _weight_piece(slot, slot.name, (module.weight, module.scale), model.dtype, quantize)
+        else:
+            yield _dense_piece(slot, slot.name, model, torch.bfloat16 if quantize else model.dtype)
+
+
+def _dense_piece(slot: Slot, name: str, model: Transformer, dtype: torch.dtype) -> _Piece:
+    tensor = _tensor(model, slot)
+    if slot.kind == "table":
+        return _Piece(((name, "I64", slot.shape),), lambda: (tensor,))
+    wanted = torch.float32 if slot.kind == "float" else dtype
+    return _Piece(((name, _FLOAT_NAMES[wanted], slot.shape),), lambda: (tensor.to(wanted),))
+
+
+def _weight_piece(
+    slot: Slot, name: str, source: tuple[Tensor, Tensor | None], dtype: torch.dtype, quantize: bool
+) -> _Piece:
+    """A matrix or one expert's weight: as packed, packed now, or decoded."""
+    weight, scale = source
+    if not quantize:
+        return _Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
+    scale_name = name.removesuffix("weight") + "scale"
+    if weight.dtype == torch.float8_e4m3fn or (scale is None and slot.kind == "matrix"):
+        specs = ((name, "F8_E4M3", slot.shape), (scale_name, "F8_E8M0", fp8_scale_shape(slot.shape)))
+        encode = quantize_fp8
+    else:
+        if slot.shape[-1] % GROUP:
+            raise CheckpointError(
+                f"{name}: {slot.shape[-1]} columns aren't a multiple of FP4's group of {GROUP}",
+                "save with quantize=False",
+            )
+        packed, scales = fp4_packed_shape(slot.shape), fp4_scale_shape(slot.shape)
+        specs = ((name, "I8", packed), (scale_name, "F8_E8M0", scales))
+        encode = quantize_fp4
+    return _Piece(specs, lambda: encode(weight.detach()) if scale is None else (weight, scale))
+
+
+def _hf_pieces(model: Transformer) -> Iterator[_Piece]:
+    dtype = model.dtype
+    for slot in slots(model.config):
+        if is_mtp(slot.name):
+            continue
+        if slot.kind == "matrix":
+            module = model.get_submodule(slot.name.removesuffix(".weight"))
+            assert isinstance(module, Linear)
+            yield _weight_piece(slot, hf_name(slot.name), (module.weight, module.scale), dtype, False)
+        elif slot.kind != "expert":
+            yield _dense_piece(slot, hf_name(slot.name), model, dtype)
+        elif slot.name.endswith(".w1.weight"):
+            yield from _hf_expert_pieces(model, slot)
+
+
+def _hf_expert_pieces(model: Transformer, w1: Slot) -> Iterator[_Piece]:
+    """The stacks of one layer: gate_up_proj [E, 2I, D] and down_proj [E, D, I]."""
+    layer = w1.name.partition(".{}.")[0]
+    dtype, inter, hidden = model.dtype, *w1.shape
+
+    def stack(*leaves: str) -> tuple[Tensor]:
+        parts = [replace(w1, name=f"{layer}.{{}}.{leaf}.weight") for leaf in leaves]
+        rows = [
+            torch.cat([dense_weight(*_expert_weight(model, part, e), dtype) for part in parts])
+            for e in range(w1.count)
+        ]
+        return (torch.stack(rows),)
+
+    name = _FLOAT_NAMES[dtype]
+    yield _Piece(((hf_name(f"{layer}.w13"), name, (w1.count, 2 * inter, hidden)),), lambda: stack("w1", "w3"))
+    yield _Piece(((hf_name(f"{layer}.w2"), name, (w1.count, hidden, inter)),), lambda: stack("w2"))
+
+
+def _expert_weight(model: Transformer, slot: Slot, expert: int) -> tuple[Tensor, Tensor | None]:
+    layer, _, leaf = slot.name.removesuffix(".weight").partition(".{}.")
+    module = model.get_submodule(layer)
+    assert isinstance(module, Experts)
+    if module.packed is not None:
+        return module.packed[expert][leaf]
+    if leaf == "w2":
+        return module.w2[expert], None
+    inter = module.w13.shape[1] // 2
+    return module.w13[expert, :inter] if leaf == "w1" else module.w13[expert, inter:], None
+
+
+def _tensor(model: Transformer, slot: Slot) -> Tensor:
+    path, _, leaf = from_official(slot.name).rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, (Tensor, nn.Parameter))
+    return tensor
+
+
+def _shards(pieces: list[_Piece], max_bytes: int) -> list[list[_Piece]]:
+    """Split in order, each shard at most `max_bytes` unless one piece alone is larger."""
+    shards: list[list[_Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.nbytes
+    return shards
+
+
+def _write(directory: Path, raw_config: dict[str, Any], shards: list[list[_Piece]]) -> None:
+    count = len(shards)
+    names = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    documents = {"config.json": raw_config}
+    if count > 1:
+        total = sum(piece.nbytes for shard in shards for piece in shard)
+        weight_map = {n: f for f, shard in zip(names, shards, strict=True) for p in shard for n, _, _ in p.tensors}
+        documents[INDEX_NAME] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    written: list[str] = []
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            written.append(name)
+            _write_shard(_temporary(directory, name), shard)
+        for name, document in documents.items():
+            written.append(name)
+            _temporary(directory, name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        for name in written:
+            os.replace(_temporary(directory, name), directory / name)
+    finally:
+        for name in written:
+            _temporary(directory, name).unlink(missing_ok=True)
+    for old in directory.iterdir():  # what an earlier checkpoint in this place had and this one hasn't
+        if old.name not in written and (old.name == INDEX_NAME or _SHARD_FILE.fullmatch(old.name)):
+            old.unlink()
+
+
+def _temporary(directory: Path, name: str) -> Path:
+    return directory / f".{name}.{os.getpid()}.tmp"
+
+
+def _write_shard(file: Path, pieces: list[_Piece]) -> None:
+    # Wide items first: every tensor then starts at a multiple of its item, and can be mapped without a copy.
+    pieces = sorted(pieces, key=lambda p: -max(ITEM_BYTES[dtype] for _, dtype, _ in p.tensors))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for piece in pieces:
+        for name, dtype, shape in piece.tensors:
+            end = at + prod(shape) * ITEM_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for piece in pieces:
+            for tensor in piece.make():
+                raw = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+                stream.write(raw.numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json in transformers' spelling; `ModelConfig.from_dict` reads it back (without MTP and quantization)."""
+    kinds = {
+        0: "sliding_attention",
+        config.csa_ratio: "compressed_sparse_attention",
+        config.hca_ratio: "heavily_compressed_attention",
+    }
+    raw = replace(config, quant_method=None, expert_dtype=None, num_nextn_predict_layers=0).to_official()
+    for key in ("compress_ratios", "num_hash_layers", "rope_scaling", "compress_rate_csa", "compress_rate_hca"):
+        raw.pop(key, None)
+    raw["layer_types"] = [kinds[ratio] for ratio in config.compress_ratios]
+    raw["mlp_layer_types"] = ["hash_moe" if config.is_hash_layer(i) else "moe" for i in range(config.num_hidden_layers)]
+    raw["compress_rates"] = {kinds[config.csa_ratio]: config.csa_ratio, kinds[config.hca_ratio]: config.hca_ratio}
+    factor = _rotary_factor(config.qk_rope_head_dim, config.head_dim)
+    raw["partial_rotary_factor"] = factor
+    main: dict[str, Any] = {
+        "rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": factor,
+    }  # fmt: skip
+    compress = main | {"rope_theta": config.compress_rope_theta}
+    if config.yarn is not None:
+        yarn = config.yarn
+        # attention_factor: V4 doesn't scale cos and sin, transformers' YaRN would.
+        compress |= {
+            "rope_type": "yarn", "factor": yarn.factor, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings, "attention_factor": 1.0,
+        }  # fmt: skip
+    raw["rope_parameters"] = {"main": main, "compress": compress}
+    return raw
+
+
+def _rotary_factor(rope_dim: int, head_dim: int) -> float:
+    """transformers recovers the dim as int(head_dim * factor), which must not fall one short by rounding."""
+    factor = rope_dim / head_dim
+    return factor if int(head_dim * factor) == rope_dim else (rope_dim + 0.5) / head_dim

@@ -1,0 +1,5 @@
+"""The `upwell` command."""
+
+from upwell.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,48 @@
+"""Flags that commands share: which model, where, and how it samples."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upwell.engine import LLM, SamplingParams
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="PATH", help="V4 checkpoint directory (default: upwell-nano)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"most tokens to add (default: {max_tokens})")
+    group.add_argument("--temperature", type=float, help="0 is greedy (default: 1)")
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--min-p", type=float)
+    group.add_argument("--presence-penalty", type=float)
+    group.add_argument("--frequency-penalty", type=float)
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+
+
+def load_llm(arguments: argparse.Namespace) -> LLM:
+    from upwell.devices import resolve_dtype
+    from upwell.engine import LLM
+
+    return LLM(arguments.model, device=arguments.device, dtype=resolve_dtype(arguments.dtype))
+
+
+def sampling_params(arguments: argparse.Namespace, skip_special_tokens: bool = True) -> SamplingParams:
+    """The flags that were given; the rest keep SamplingParams' defaults."""
+    from upwell.engine import SamplingParams
+
+    names = [f.name for f in fields(SamplingParams) if f.default is not MISSING or f.default_factory is not MISSING]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    return SamplingParams(**given, skip_special_tokens=skip_special_tokens)

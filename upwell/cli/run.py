@@ -1,0 +1,23 @@
+"""upwell run: continue a prompt, streaming."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from upwell.cli.model_flags import add_model_flags, add_sampling_flags, load_llm, sampling_params
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("run", help="continue a prompt")
+    parser.add_argument("prompt", help="text to continue")
+    add_model_flags(parser)
+    add_sampling_flags(parser, max_tokens=256)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    params = sampling_params(arguments)
+    for delta in load_llm(arguments).stream(arguments.prompt, params):
+        print(delta.text, end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,195 @@
+"""LLM: the Python entry. Loads a checkpoint and generates, in the calling thread; not to be shared by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upwell.chat.encoding import Thinking, encode_messages
+from upwell.config import Numerics
+from upwell.devices import resolve_device
+from upwell.engine.engine import CACHE_TOKENS, MAX_NUM_SEQS, Engine
+from upwell.engine.outputs import CompletionOutput, Delta, RequestOutput
+from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.sequence import Request
+from upwell.engine.tokenizer import Tokenizer
+from upwell.errors import CheckpointError, InputError
+from upwell.model import Transformer
+
+Prompt = str | Mapping[str, Any]
+"""Text, or {"prompt_token_ids": [...]}, or {"prompt": text}."""
+
+
+def nano_path() -> Path:
+    """The embedded model's directory. Raises CheckpointError where this installation has none."""
+    path = Path(str(resources.files("upwell"))) / "nano" / "weights"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"the embedded model isn't in this installation: {path} has no config.json", "give a checkpoint directory"
+        )
+    return path
+
+
+class LLM:
+    """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
+
+    dtype None: as the checkpoint has it. numerics "official" rounds activations as the official code does.
+    Up to `max_num_seqs` sequences run at once and share a cache of `cache_tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        numerics: Numerics = "exact",
+        max_num_seqs: int = MAX_NUM_SEQS,
+        cache_tokens: int = CACHE_TOKENS,
+    ) -> None:
+        from upwell.checkpoint import load_model
+
+        on = resolve_device(device)
+        where = nano_path() if path is None else Path(path)
+        model = load_model(where, dtype=dtype, device=on, numerics=numerics)
+        self._start(model, Tokenizer.from_directory(where), max_num_seqs, cache_tokens)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        cache_tokens: int = CACHE_TOKENS,
+    ) -> LLM:
+        """An LLM over a model that is in memory already."""
+        llm = cls.__new__(cls)
+        llm._start(model, tokenizer, max_num_seqs, cache_tokens)
+        return llm
+
+    def _start(self, model: Transformer, tokenizer: Tokenizer | None, max_num_seqs: int, cache_tokens: int) -> None:
+        self.model = model.eval()
+        self.engine = Engine(model, tokenizer, max_num_seqs, cache_tokens)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises InputError for a directory without tokenizer.json."""
+        if self.engine.tokenizer is None:
+            raise InputError("this checkpoint has no tokenizer.json", 'give {"prompt_token_ids": [...]}')
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        token_mask: TokenMask | Sequence[TokenMask | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; outputs come in the prompts' order. `token_mask`: one for all, or one a prompt."""
+        items = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        masks = list(token_mask) if isinstance(token_mask, Sequence) else [token_mask] * len(items)
+        if len(masks) != len(items):
+            raise InputError(f"token_mask has {len(masks)} entries for {len(items)} prompts")
+        params = params or SamplingParams()
+        outputs, requests = [], []
+        for item, mask in zip(items, masks, strict=True):
+            output, request = self._prepare(item, params, mask)
+            outputs.append(output)
+            requests.append(request)
+        failures: list[Exception] = []
+        sinks = {id(request): _collect(output, failures) for request, output in zip(requests, outputs, strict=True)}
+        for request in requests:
+            request.sink = sinks[id(request)]
+            self.engine.add(request)
+        try:
+            while not failures and not all(output.finished for output in outputs):
+                self.engine.step()
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+        if failures:
+            raise failures[0]
+        return outputs
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, token_mask: TokenMask | None = None
+    ) -> Iterator[Delta]:
+        """Complete one prompt, piece by piece. Closing the iterator cancels the request."""
+        params = params or SamplingParams()
+        _, request = self._prepare(prompt, params, token_mask)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[Delta]:
+        arrived: deque[Delta] = deque()
+        request.sink = arrived.append
+        self.engine.add(request)
+        open_outputs = request.params.n
+        try:
+            while open_outputs:
+                while not arrived:
+                    self.engine.step()
+                delta = arrived.popleft()
+                if delta.error is not None:
+                    raise delta.error
+                open_outputs -= delta.finish_reason is not None
+                yield delta
+        finally:
+            self.engine.cancel(request)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        thinking: Thinking = "off",
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> RequestOutput:
+        """Answer a conversation of OpenAI-style messages. The text is the raw reply: chat.parsing takes it apart."""
+        return self.generate([self.chat_prompt(messages, thinking, tools)], params)[0]
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: Thinking = "off",
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Prompt:
+        """The prompt V4 sees for a conversation."""
+        text = encode_messages(messages, thinking=thinking, tools=tools)
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text)}
+
+    def _prepare(self, item: Prompt, params: SamplingParams, mask: TokenMask | None) -> tuple[RequestOutput, Request]:
+        prompt, ids = self._tokens(item)
+        request = self.engine.request(ids, params, sink=_nowhere, prompt=prompt, token_mask=mask)
+        empty = [CompletionOutput(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
+        return RequestOutput(prompt, ids, empty), request
+
+    def _tokens(self, item: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(item, str):
+            return item, self.tokenizer.encode(item)
+        unknown = set(item) - {"prompt", "prompt_token_ids"}
+        if unknown or not item:
+            raise InputError(
+                f"a prompt has the keys {sorted(item)}", 'it is text, {"prompt": text} or {"prompt_token_ids": [...]}'
+            )
+        text = item.get("prompt")
+        if "prompt_token_ids" not in item:
+            return text, self.tokenizer.encode(str(text))
+        ids = list(item["prompt_token_ids"])
+        if not all(isinstance(i, int) for i in ids):
+            raise InputError("prompt_token_ids has something that isn't an integer")
+        return text, ids
+
+
+def _nowhere(delta: Delta) -> None:
+    """The sink of a request that isn't running yet."""
+
+
+def _collect(output: RequestOutput, failures: list[Exception]) -> Any:
+    def sink(delta: Delta) -> None:
+        output.outputs[delta.index].add(delta)
+        if delta.error is not None:
+            failures.append(delta.error)
+
+    return sink

@@ -1,0 +1,66 @@
+"""The thread that owns an engine: requests and cancels enter by a queue, deltas leave through the requests' sinks."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from upwell.engine.engine import Engine
+from upwell.engine.sequence import Request
+from upwell.errors import ShuttingDownError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineThread:
+    """Starts at construction. submit() and cancel() may be called from any thread; sinks are called on this one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="upwell-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> None:
+        """Hand in a request made by `engine.request`. Raises ShuttingDownError after stop()."""
+        if self._stopping or not self.is_alive:
+            raise ShuttingDownError("the engine takes no new requests")
+        self._commands.put(lambda: self.engine.add(request))
+
+    def cancel(self, request: Request) -> None:
+        self._commands.put(lambda: self.engine.cancel(request))
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Take no more requests, finish those that run, and end the thread."""
+        self._stopping = True
+        self._commands.put(lambda: None)  # wakes the loop
+        self._thread.join(timeout)
+
+    def _loop(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            # A bug in the scheduler, not a failed forward (those end their own requests). No one must wait forever.
+            logger.exception("the engine's thread ends")
+            self._stopping = True
+            self.engine.fail_all(error)
+
+    def _turn(self) -> bool:
+        """Take the commands that are there, run a step; False when there is nothing left to do and no more comes."""
+        # Idle: wait for a command. Busy: take those that are there and go on.
+        if not self.engine.has_work and not (self._stopping and self._commands.empty()):
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+        if self.engine.has_work:
+            self.engine.step()
+            return True
+        return not self._stopping

@@ -1,0 +1,138 @@
+"""From logits to the next token of each sequence.
+
+Rows are edited one by one (penalties, bias, masks touch few ids); truncation and drawing run over all rows at once.
+Nothing is sorted unless a row asks for top_k or top_p. Each sequence draws from its own generator, one number a token,
+by inverting the cumulative distribution: the same seed gives the same token whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upwell.engine.outputs import TokenLogprob
+from upwell.engine.sequence import Sequence
+
+_CANDIDATES = 1024  # top_p looks at this many best tokens before it sorts the whole vocabulary
+_NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A drawn token, with its log-probabilities where asked for."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+def sample(logits: Tensor, sequences: Items[Sequence], allowed: Items[Items[int] | None]) -> list[Draw]:
+    """One token a row: logits [B, V] FP32 (edited in place) and the ids allowed (None: all), row b of sequences[b].
+
+    Greedy ties go to the lowest id.
+    """
+    for row, sequence, ids in zip(logits, sequences, allowed, strict=True):
+        _edit(row, sequence, ids)
+    tokens = logits.argmax(dim=-1)
+    drawn = [b for b, s in enumerate(sequences) if not s.params.is_greedy]
+    if drawn:
+        rows = logits if len(drawn) == len(sequences) else logits[drawn]
+        tokens[drawn] = _draw(rows, [sequences[b] for b in drawn])
+    chosen = tokens.tolist()
+    logprobs = _logprobs(logits, chosen, sequences)
+    return [Draw(token, logprobs.get(b)) for b, token in enumerate(chosen)]
+
+
+def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | None) -> None:
+    """Penalties, bias, minimum length and mask, in place: row [V]."""
+    params = sequence.params
+    if params.repetition_penalty != 1.0:
+        seen = _ids(set(sequence.request.prompt_token_ids) | sequence.counts.keys(), row)
+        old = row[seen]
+        row[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    if sequence.counts and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.tensor(list(sequence.counts.values()), dtype=row.dtype, device=row.device)
+        row[_ids(sequence.counts, row)] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        bias = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+        row[_ids(params.logit_bias, row)] += bias
+    if sequence.end_ids and len(sequence.output) + 1 < params.min_tokens:
+        row[_ids(sequence.end_ids, row)] = _NEVER
+    if allowed is not None:
+        ids = _ids(allowed, row)
+        kept = row[ids]
+        row.fill_(_NEVER)
+        row[ids] = kept
+
+
+def _ids(ids: Iterable[int], row: Tensor) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.long, device=row.device)
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Tokens [R] at each row's temperature, truncated by its min_p, top_k and top_p (in this order)."""
+    params = [s.params for s in sequences]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device).unsqueeze(1)
+
+    scaled = logits / column([p.temperature for p in params])
+    scaled -= scaled.amax(dim=-1, keepdim=True)  # the best token at 0
+    if any(p.min_p > 0 for p in params):
+        scaled.masked_fill_(scaled < column([p.min_p for p in params]).log(), _NEVER)
+    if any(p.top_k > 0 for p in params):
+        scaled.masked_fill_(scaled < _kth_best(scaled, [p.top_k for p in params]), _NEVER)
+    if any(p.top_p < 1 for p in params):
+        scaled.masked_fill_(scaled < _nucleus(scaled, column([p.top_p for p in params])), _NEVER)
+    # Cumulated in FP64: 129,280 FP32 terms would lose the rare tokens.
+    cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    uniform = torch.tensor([s.rng.random() for s in sequences], dtype=torch.float64, device=logits.device).unsqueeze(1)
+    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    # The first token whose cumulated probability exceeds the target: never one of probability 0.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _kth_best(scaled: Tensor, ks: list[int]) -> Tensor:
+    """The value of each row's k-th best token [R, 1]; -inf for k off. Ties with it stay."""
+    vocab = scaled.shape[-1]
+    k = torch.tensor([min(k, vocab) if k > 0 else vocab for k in ks], device=scaled.device)
+    largest = int(max(x for x in (min(k, vocab) for k in ks) if x > 0))
+    best = scaled.topk(largest, dim=-1).values
+    kth = best.gather(1, (k.clamp(max=largest) - 1).unsqueeze(1))
+    return kth.masked_fill((k > largest).unsqueeze(1), _NEVER)
+
+
+def _nucleus(scaled: Tensor, top_p: Tensor) -> Tensor:
+    """The value of the last token of the smallest set of best tokens that holds top_p [R, 1]."""
+    vocab = scaled.shape[-1]
+    total = scaled.double().logsumexp(dim=-1, keepdim=True)
+    for size in (min(_CANDIDATES, vocab), vocab):
+        best = scaled.topk(size, dim=-1).values
+        mass = (best.double() - total).exp()
+        before = mass.cumsum(dim=-1) - mass
+        if size == vocab or bool((before[:, -1:] + mass[:, -1:] >= top_p).all()):
+            break
+    count = (before < top_p).sum(dim=-1, keepdim=True)
+    last = best.gather(1, count - 1)
+    return last.masked_fill(top_p >= 1, _NEVER)
+
+
+def _logprobs(logits: Tensor, tokens: list[int], sequences: Items[Sequence]) -> dict[int, TokenLogprob]:
+    wanted = [b for b, s in enumerate(sequences) if s.params.logprobs is not None]
+    if not wanted:
+        return {}
+    logprobs = logits[wanted].log_softmax(dim=-1)
+    most = min(max(sequences[b].params.logprobs or 0 for b in wanted), logits.shape[-1])
+    values, ids = logprobs.topk(most, dim=-1)
+    out = {}
+    for row, b in enumerate(wanted):
+        k = sequences[b].params.logprobs or 0
+        # A masked token has no place among the likely ones.
+        pairs = zip(ids[row, :k].tolist(), values[row, :k].tolist(), strict=True)
+        top = tuple((i, v) for i, v in pairs if v > _NEVER)
+        out[b] = TokenLogprob(tokens[b], float(logprobs[row, tokens[b]]), top)
+    return out

@@ -1,0 +1,92 @@
+"""A request, and each of its completions as a sequence with its place in the cache."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from upwell.engine.detokenizer import Detokenizer
+from upwell.engine.outputs import Delta, FinishReason, TokenLogprob
+from upwell.engine.params import SamplingParams, TokenMask
+
+Sink = Callable[[Delta], None]
+
+
+class Status(Enum):
+    WAITING = "waiting"  # holds nothing in the cache
+    PREFILL = "prefill"  # has slot and blocks; some of its tokens aren't computed
+    DECODE = "decode"  # one token, the last, isn't computed
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what to do with it. `limit` is the most tokens a completion may have; deltas go to `sink`."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    limit: int
+    eos_token_id: int
+    sink: Sink
+    token_mask: TokenMask | None = None
+
+
+class Sequence:
+    """One completion. `arrival` orders sequences; `computed` tokens of prompt + output are in the cache."""
+
+    def __init__(self, request: Request, index: int, arrival: int, detokenizer: Detokenizer | None) -> None:
+        self.request, self.index, self.arrival = request, index, arrival
+        self.detokenizer = detokenizer
+        self.output: list[int] = []
+        self.counts: Counter[int] = Counter()  # of output tokens, for the penalties
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.computed = 0
+        self.slot = -1
+        self.table: list[int] = []
+        params = request.params
+        # An own source of randomness: nothing else in the batch can change what is drawn.
+        self.rng = random.Random(None if params.seed is None else f"{params.seed}/{index}")
+        self.end_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            self.end_ids.add(request.eos_token_id)
+
+    def __len__(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.output)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens start..stop-1 of prompt + output."""
+        prompt = self.request.prompt_token_ids
+        if start >= len(prompt):
+            return self.output[start - len(prompt) : stop - len(prompt)]
+        return (prompt[start:stop] + self.output[: max(0, stop - len(prompt))])[: stop - start]
+
+    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+        """Take a drawn token, decide whether it is the last, and send what it adds."""
+        self.output.append(token)
+        self.counts[token] += 1
+        enough = len(self.output) >= self.params.min_tokens
+        text = ""
+        if token in self.end_ids and enough:
+            self.finish_reason = "stop"
+        else:
+            if self.detokenizer is not None:
+                text = self.detokenizer.push(token, enough)
+                if self.detokenizer.stopped:
+                    self.finish_reason = "stop"
+            if self.finish_reason is None and len(self.output) >= self.request.limit:
+                self.finish_reason = "length"
+        if self.finish_reason is not None and self.detokenizer is not None:
+            text += self.detokenizer.finish()
+            if self.detokenizer.stopped:
+                self.finish_reason = "stop"  # the stop string was complete only with the last bytes
+        logprobs = () if logprob is None else (logprob,)
+        self.request.sink(Delta(self.index, text, (token,), logprobs, self.finish_reason))

@@ -1,0 +1,1 @@
+"""Number formats of the checkpoints, encoded and decoded exactly."""

@@ -1,0 +1,113 @@
+"""What a sequence leaves behind in each layer, and where it lies.
+
+Compressed entries and indexer keys grow with the sequence: they live in pools of blocks, 256 tokens each, found
+through a block table. The window's latents and the compressor's open windows are of fixed size: they live in one
+slot a sequence, as rings by position. Order inside a ring doesn't matter to attention, so nothing is ever shifted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from upwell.config import BLOCK_TOKENS, ModelConfig
+
+
+class Tail:
+    """The compressor's recent tokens: kv and gate [slots, ring, coff*d] FP32, by position modulo the ring.
+
+    The ring holds the open window, and for CSA also the window before, whose a half the next entry needs.
+    """
+
+    def __init__(self, slots: int, ring: int, width: int, device: torch.device) -> None:
+        self.kv = torch.zeros(slots, ring, width, dtype=torch.float32, device=device)
+        self.gate = torch.zeros(slots, ring, width, dtype=torch.float32, device=device)
+
+    @property
+    def ring(self) -> int:
+        return self.kv.shape[1]
+
+
+class LayerCache:
+    """One layer's cache: window [slots, W, d]; where compressed, entries [blocks, 256/ratio, d] and a tail; in CSA
+    also index_keys [blocks, 64, c] with a tail of their own."""
+
+    def __init__(
+        self, config: ModelConfig, ratio: int, blocks: int, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.window = torch.zeros(slots, config.sliding_window, config.head_dim, dtype=dtype, device=device)
+        self.entries: Tensor | None = None
+        self.index_keys: Tensor | None = None
+        self.tail: Tail | None = None
+        self.index_tail: Tail | None = None
+        if ratio:
+            per_block = BLOCK_TOKENS // ratio
+            overlap = 2 if ratio == config.csa_ratio else 1
+            self.entries = torch.zeros(blocks, per_block, config.head_dim, dtype=dtype, device=device)
+            self.tail = Tail(slots, overlap * ratio, overlap * config.head_dim, device)
+            if ratio == config.csa_ratio:
+                c = config.index_head_dim
+                self.index_keys = torch.zeros(blocks, per_block, c, dtype=dtype, device=device)
+                self.index_tail = Tail(slots, 2 * ratio, 2 * c, device)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor this layer holds, for counting bytes."""
+        tails = [t for t in (self.tail, self.index_tail) if t is not None]
+        own = [self.window, self.entries, self.index_keys]
+        return [t for t in own if t is not None] + [t for tail in tails for t in (tail.kv, tail.gate)]
+
+
+class KVCache:
+    """The caches of all layers (and of the MTP blocks, which are sliding), for `slots` sequences and `blocks` blocks."""
+
+    def __init__(
+        self, config: ModelConfig, blocks: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        where = torch.device(device)
+        self.blocks, self.slots = blocks, slots
+        self.layers = [LayerCache(config, r, blocks, slots, dtype, where) for r in config.compress_ratios]
+        self.mtp = [LayerCache(config, 0, 0, slots, dtype, where) for _ in range(config.num_nextn_predict_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in (*self.layers, *self.mtp) for t in layer.tensors())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which cached sequences one forward extends: input_ids [B, S] hold lengths[b] new tokens each, padded right.
+
+    starts[b] tokens are in the cache already; slots[b] is the sequence's slot, tables[b] its block table (long
+    enough for the new tokens too). All host values, so that no step waits for the device.
+    """
+
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    tables: list[list[int]]
+    device: torch.device | str = "cpu"
+    _rows: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence brings exactly one token."""
+        return all(n == 1 for n in self.lengths)
+
+    def positions(self, steps: int) -> Tensor:
+        """[B, steps] positions of the input tokens (padding counts on)."""
+        starts = torch.tensor(self.starts, device=self.device)
+        return starts[:, None] + torch.arange(steps, device=self.device)
+
+    def entry_rows(self, ratio: int) -> list[Tensor]:
+        """For each sequence the pool rows of its entries, those that this step completes included: B x [N_b]."""
+        if ratio not in self._rows:
+            per_block = BLOCK_TOKENS // ratio
+            rows = []
+            for table, start, length in zip(self.tables, self.starts, self.lengths, strict=True):
+                entry = torch.arange((start + length) // ratio)
+                blocks = torch.tensor(table, dtype=torch.long)
+                rows.append((blocks[entry // per_block] * per_block + entry % per_block).to(self.device))
+            self._rows[ratio] = rows
+        return self._rows[ratio]

@@ -1,0 +1,307 @@
+"""The model's layers and head through the C++ kernels: same results as the modules, one call for all layers.
+
+A plan holds the addresses of a model's weights. It serves FP32 activations on CPU without gradient, numerics
+"exact", weights in any format; everything else runs in the modules.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from ctypes import POINTER, cast, pointer
+from dataclasses import dataclass, field
+from itertools import pairwise
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from upwell.config import BLOCK_TOKENS
+from upwell.model.cache import KVCache, LayerCache, Step
+from upwell.ops import native
+from upwell.ops.linear import dense_weight
+
+if TYPE_CHECKING:
+    from upwell.model.transformer import Block, Transformer
+
+CHUNK = 512  # tokens a call takes through all layers: what its activations need stays in cache
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 3}
+
+
+class _Unsupported(Exception):
+    """This model has something that the kernels don't take."""
+
+
+@dataclass
+class Plan:
+    """Structs with the addresses of one model's tensors, and what keeps these alive."""
+
+    model: native.Model
+    layers: Any  # array of native.Layer
+    mtp: list[Any]  # an array of one Layer for each MTP block
+    head: native.HeadCall
+    kept: list[Any]
+    watched: list[tuple[dict[str, Any], str, Any, int]]  # where each tensor came from, and its version if copied
+    caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
+    lock: Lock = field(default_factory=Lock)
+    workspace: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def current(self) -> bool:
+        """The model still holds the tensors that the plan points to, and copies are up to date."""
+        return all(
+            owner[name] is tensor and (version < 0 or tensor._version == version)
+            for owner, name, tensor, version in self.watched
+        )
+
+    def room(self, nbytes: int) -> int:
+        if self.workspace.numel() * 4 < nbytes:
+            self.workspace = torch.empty(nbytes // 4 + 1024)
+        return self.workspace.data_ptr()
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
+
+    def watch(self, module: nn.Module, name: str, copied: bool) -> Tensor:
+        owner = module._parameters if name in module._parameters else module._buffers
+        tensor = owner[name]
+        if tensor is None:
+            raise _Unsupported(name)
+        self.watched.append((owner, name, tensor, tensor._version if copied else -1))
+        return tensor.detach()
+
+    def vector(self, module: nn.Module, name: str = "weight") -> int:
+        """Address of a tensor as contiguous FP32."""
+        own = module._parameters.get(name)
+        own = module._buffers[name] if own is None else own
+        assert own is not None
+        copied = own.dtype != torch.float32 or not own.is_contiguous()
+        return self.address(self.watch(module, name, copied).float().contiguous())
+
+    def address(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def raw(self, weight: Tensor, scale: Tensor | None) -> native.Matrix:
+        if weight.dtype not in _FORMATS or not weight.is_contiguous() or weight.device.type != "cpu":
+            raise _Unsupported(str(weight.dtype))
+        kind = _FORMATS[weight.dtype]
+        rows, cols = weight.shape
+        if kind == 3:
+            cols *= 2
+        at = None
+        if kind >= 2:
+            if scale is None or (kind == 3 and cols % 32):
+                raise _Unsupported("scale")
+            at = self.address(scale.contiguous())
+        return native.Matrix(self.address(weight), at, rows, cols, kind)
+
+    def linear(self, module: nn.Module, groups: int = 1) -> native.Matrix:
+        if getattr(module, "quantize_input", False):
+            raise _Unsupported("quantize_input")
+        weight = self.watch(module, "weight", False)
+        scale = self.watch(module, "scale", False) if module._buffers.get("scale") is not None else None
+        if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
+            return self.raw(dense_weight(weight, scale, torch.float32), None)
+        return self.raw(weight, scale)
+
+    def mix(self, module: nn.Module) -> native.Mix:
+        fn = self.raw(self.watch(module, "fn", False), None)
+        return native.Mix(fn, self.vector(module, "base"), self.vector(module, "scale"))
+
+    def compressor(self, module: Any) -> native.Compressor:
+        return native.Compressor(
+            self.linear(module.wkv), self.linear(module.wgate), self.vector(module, "ape"), self.vector(module.norm),
+            module.dim, module.wkv.out_features, module.ratio,
+        )  # fmt: skip
+
+    def experts(self, moe: Any) -> Any:
+        matrices = []
+        routed = moe.experts
+        if routed.quantize_input:
+            raise _Unsupported("quantize_input")
+        if routed.packed is not None:
+            self.watched.append((routed.__dict__, "packed", routed.packed, -1))
+            for expert in routed.packed:
+                matrices += [self.raw(*expert[name]) for name in ("w1", "w3", "w2")]
+        else:
+            w13, w2 = self.watch(routed, "w13", False), self.watch(routed, "w2", False)
+            inter = w2.shape[2]
+            for e in range(w13.shape[0]):
+                matrices += [self.raw(w13[e, :inter], None), self.raw(w13[e, inter:], None), self.raw(w2[e], None)]
+        shared = moe.shared_experts
+        matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
+        stored = (native.Matrix * len(matrices))(*matrices)
+        self.kept.append(stored)
+        return cast(stored, POINTER(native.Matrix))
+
+    def layer(self, block: Block) -> native.Layer:
+        attn, gate = block.attn, block.ffn.gate
+        out = native.Layer()
+        out.ratio = attn.ratio
+        out.mix_attn, out.mix_ffn = self.mix(block.hc_attn), self.mix(block.hc_ffn)
+        out.attn_norm, out.ffn_norm = self.vector(block.attn_norm), self.vector(block.ffn_norm)
+        out.q_norm, out.kv_norm = self.vector(attn.q_norm), self.vector(attn.kv_norm)
+        out.sink = self.vector(attn, "attn_sink")
+        for name in ("wq_a", "wq_b", "wkv", "wo_b"):
+            setattr(out, name, self.linear(getattr(attn, name)))
+        out.wo_a = self.linear(attn.wo_a, attn.groups)
+        if attn.compressor is not None:
+            out.compressor = self.compressor(attn.compressor)
+        if attn.indexer is not None:
+            out.has_index = 1
+            out.index_compressor = self.compressor(attn.indexer.compressor)
+            out.index_wq_b = self.linear(attn.indexer.wq_b)
+            out.index_weights = self.linear(attn.indexer.weights_proj)
+        out.gate = self.raw(self.watch(gate, "weight", False), None)
+        if gate.bias is not None:
+            out.gate_bias = self.vector(gate, "bias")
+        if gate.tid2eid is not None:
+            table = self.watch(gate, "tid2eid", False)
+            if table.dtype != torch.int64 or not table.is_contiguous():
+                raise _Unsupported("tid2eid")
+            out.tid2eid = self.address(table)
+        out.experts = self.experts(block.ffn)
+        return out
+
+
+def plan(model: Transformer) -> Plan | None:
+    """The model's plan, made or remade where needed; None where the kernels can't serve this model now."""
+    if torch.is_grad_enabled() or native.library() is None or torch.compiler.is_compiling():
+        return None
+    held: Plan | bool | None = model.__dict__.get("_plan", False)
+    if isinstance(held, Plan) and held.current():
+        return held
+    if held is None:
+        return None
+    made = _make(model)
+    model.__dict__["_plan"] = made
+    return made
+
+
+def _make(model: Transformer) -> Plan | None:
+    c = model.config
+    weight = model.embed.weight
+    if (
+        weight.dtype != torch.float32 or weight.device.type != "cpu" or model.numerics != "exact"
+        or c.hc_mult > 8 or c.o_groups > 64 or c.qk_rope_head_dim > 512
+    ):  # fmt: skip
+        return None
+    build = _Builder()
+    shape = native.Model(
+        c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
+        c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
+        c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
+        c.moe_intermediate_size * c.n_shared_experts, c.hc_sinkhorn_iters, c.vocab_size, c.csa_ratio,
+        c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
+        build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
+    )  # fmt: skip
+    blocks: list[Any] = list(model.layers)
+    try:
+        layers = (native.Layer * len(blocks))(*(build.layer(block) for block in blocks))
+        mtp = [(native.Layer * 1)(build.layer(block)) for block in model.mtp]  # type: ignore[arg-type]
+        mix = build.mix(model.hc_head)
+        head = native.HeadCall(
+            pointer(shape), mix.fn, mix.base, mix.scale, build.vector(model.norm), build.linear(model.head)
+        )
+    except _Unsupported:
+        return None
+    return Plan(shape, layers, mtp, head, build.kept, build.watched)
+
+
+def _cache_layers(layers: list[LayerCache]) -> Any:
+    out = (native.LayerCache * len(layers))()
+    for at, layer in zip(out, layers, strict=True):
+        at.window = layer.window.data_ptr()
+        if layer.entries is not None and layer.tail is not None:
+            at.entries, at.tail_ring = layer.entries.data_ptr(), layer.tail.ring
+            at.tail_kv, at.tail_gate = layer.tail.kv.data_ptr(), layer.tail.gate.data_ptr()
+        if layer.index_keys is not None and layer.index_tail is not None:
+            at.index_keys, at.index_tail_ring = layer.index_keys.data_ptr(), layer.index_tail.ring
+            at.index_tail_kv, at.index_tail_gate = layer.index_tail.kv.data_ptr(), layer.index_tail.gate.data_ptr()
+    return out
+
+
+def _chunks(lengths: list[int]) -> list[list[tuple[int, int, int]]]:
+    """Sequences' tokens cut into calls of at most CHUNK: lists of (sequence, offset, count)."""
+    calls: list[list[tuple[int, int, int]]] = [[]]
+    room = CHUNK
+    for b, length in enumerate(lengths):
+        offset = 0
+        while offset < length:
+            if room == 0:
+                calls.append([])
+                room = CHUNK
+            count = min(room, length - offset)
+            calls[-1].append((b, offset, count))
+            offset, room = offset + count, room - count
+    return [call for call in calls if call]
+
+
+def run_layers(
+    plan: Plan, input_ids: Tensor, streams: Tensor, cache: KVCache, step: Step, mtp: int | None = None
+) -> bool:
+    """All layers (or MTP block `mtp`) on streams [B*S, h, D] in place, extending the cache.
+
+    False, and nothing done, where the kernels don't take this cache.
+    """
+    if cache.layers[0].window.dtype != torch.float32 or cache.layers[0].window.device.type != "cpu":
+        return False
+    lib = native.library()
+    assert lib is not None
+    with plan.lock:
+        structs = plan.caches.get(cache)
+        if structs is None:
+            structs = [_cache_layers(cache.layers), *(_cache_layers([layer]) for layer in cache.mtp)]
+            plan.caches[cache] = structs
+        caches = structs[0] if mtp is None else structs[1 + mtp]
+        layers = plan.layers if mtp is None else plan.mtp[mtp]
+        width = input_ids.shape[1]
+        ids = input_ids.contiguous().view(-1)
+        tables = [array("q", table) for table in step.tables]
+        threads = torch.get_num_threads()
+        lib.upwell_set_threads(threads)
+        for parts in _chunks(step.lengths):
+            sequences = (native.Sequence * len(parts))()
+            row, spans = 0, []
+            for at, (b, offset, count) in zip(sequences, parts, strict=True):
+                at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
+                at.table = tables[b].buffer_info()[0]
+                spans.append((b * width + offset, count))
+                row += count
+            first = spans[0][0]
+            joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))
+            rows = None if joined else torch.cat([torch.arange(a, a + n) for a, n in spans])
+            part = streams[first : first + row] if rows is None else streams[rows]
+            part_ids = ids[first : first + row] if rows is None else ids[rows]
+            call = native.Call(
+                pointer(plan.model), layers, caches, len(layers), sequences, len(parts), row, BLOCK_TOKENS,
+                part_ids.data_ptr(), part.data_ptr(),
+            )  # fmt: skip
+            at_call = ctypes.addressof(call)
+            call.workspace = plan.room(lib.upwell_workspace_bytes(at_call, threads))
+            lib.upwell_forward(at_call)
+            if rows is not None:
+                streams[rows] = part
+    return True
+
+
+def run_head(plan: Plan, streams: Tensor, vocab: int) -> Tensor:
+    """streams [T, h, D] -> logits [T, V]."""
+    lib = native.library()
+    assert lib is not None
+    streams = streams.contiguous()
+    logits = torch.empty(streams.shape[0], vocab)
+    with plan.lock:
+        call = plan.head
+        call.tokens, call.streams, call.logits = streams.shape[0], streams.data_ptr(), logits.data_ptr()
+        threads = torch.get_num_threads()
+        lib.upwell_set_threads(threads)
+        at_call = ctypes.addressof(call)
+        call.workspace = plan.room(lib.upwell_head_workspace_bytes(at_call, threads))
+        lib.upwell_head(at_call)
+    return logits

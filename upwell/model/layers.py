@@ -1,0 +1,47 @@
+"""The two layers everything is made of: a bias-free linear in any weight format, and RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from upwell.ops.fake_quant import fake_fp8
+from upwell.ops.linear import dense_weight, linear
+from upwell.ops.norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = W x. `weight` is dense [out, in], FP8 e4m3 [out, in] or packed FP4 [out, in/2], the last two with `scale`.
+
+    `quantize_input`: round the input to FP8 per 128 values first, as the official code does in front of quantized
+    weights (numerics="official").
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)
+        self.quantize_input = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quantize_input:
+            x = fake_fp8(x, 128)
+        return linear(x, self.weight, self.scale)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight decoded to [out, in] of `dtype`."""
+        return dense_weight(self.weight, self.scale, dtype)
+
+
+class RMSNorm(nn.Module):
+    """weight * x / rms(x), in FP32, cast to x's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,102 @@
+"""The mixture of experts of every layer: a router (learned or by token hash), routed experts, one shared expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from upwell.config import ModelConfig
+from upwell.model.layers import Linear
+from upwell.ops.fake_quant import fake_fp8
+from upwell.ops.linear import linear
+from upwell.ops.moe import expert_hidden, grouped_experts, route, router_scores, swiglu
+
+
+class Gate(nn.Module):
+    """Router: weight [E, D]; learned layers have a correction bias [E] FP32, hash layers a table tid2eid [V, k]."""
+
+    def __init__(self, config: ModelConfig, is_hash: bool) -> None:
+        super().__init__()
+        self.k, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.bias: Tensor | None
+        self.tid2eid: Tensor | None
+        # The bias balances load and gets no gradient (its update is a rule of training), so it is a buffer.
+        self.register_buffer("bias", None if is_hash else torch.zeros(config.n_routed_experts))
+        self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.k, dtype=torch.long) if is_hash else None)
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D], input_ids [T] -> experts [T, k], weights [T, k] FP32."""
+        experts = self.tid2eid[input_ids] if self.tid2eid is not None else None
+        return route(router_scores(x, self.weight), self.k, self.scaling, self.bias, experts)
+
+
+class Experts(nn.Module):
+    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained; packed ones
+    stay as the checkpoint has them, one tensor an expert, mapped from its file."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n, self.limit = config.n_routed_experts, config.swiglu_limit
+        inter, hidden = config.moe_intermediate_size, config.hidden_size
+        self.w13 = nn.Parameter(torch.empty(self.n, 2 * inter, hidden))
+        self.w2 = nn.Parameter(torch.empty(self.n, hidden, inter))
+        self.packed: list[dict[str, tuple[Tensor, Tensor]]] | None = None  # expert -> w1|w2|w3 -> (weight, scale)
+        self.quantize_input = False
+
+    def pack(self, packed: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+        """Use packed weights: for each expert (weight, scale) of w1, w2, w3; drops the dense ones."""
+        self.packed = packed
+        empty = torch.empty(0, device=packed[0]["w1"][0].device)  # the dense ones may be on the meta device
+        self.w13, self.w2 = nn.Parameter(empty, False), nn.Parameter(empty.clone(), False)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x [T, D], experts/weights [T, k] -> [T, D]: the weighted sum of each token's experts."""
+        if self.packed is None:
+            return grouped_experts(x, experts, weights, self.w13, self.w2, self.limit)
+        return self._packed(x, experts, weights, self.packed)
+
+    def _packed(
+        self, x: Tensor, experts: Tensor, weights: Tensor, packed: list[dict[str, tuple[Tensor, Tensor]]]
+    ) -> Tensor:
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if self.quantize_input:
+            x = fake_fp8(x, 128)
+        for e in experts.unique().tolist():
+            token, place = (experts == e).nonzero(as_tuple=True)
+            (w1, s1), (w3, s3), (w2, s2) = packed[e]["w1"], packed[e]["w3"], packed[e]["w2"]
+            hidden = expert_hidden(x[token], w1, w3, self.limit, s1, s3) * weights[token, place, None]
+            hidden = hidden.to(x.dtype)
+            if self.quantize_input:
+                hidden = fake_fp8(hidden, 128)
+            out.index_add_(0, token, linear(hidden, w2, s2).float())
+        return out.to(x.dtype)
+
+
+class SharedExpert(nn.Module):
+    """The expert every token takes, weight 1: w2(silu(min(w1 x, limit)) * clamp(w3 x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inter = config.moe_intermediate_size * config.n_shared_experts
+        self.w1 = Linear(config.hidden_size, inter)
+        self.w2 = Linear(inter, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, inter)
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w1(x).float(), self.w3(x).float(), self.limit).to(x.dtype))
+
+
+class MoE(nn.Module):
+    """x [T, D], input_ids [T] -> [T, D]."""
+
+    def __init__(self, config: ModelConfig, is_hash: bool) -> None:
+        super().__init__()
+        self.gate = Gate(config, is_hash)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        experts, weights = self.gate(x, input_ids)
+        return self.experts(x, experts, weights) + self.shared_experts(x)

@@ -1,0 +1,159 @@
+"""The whole model: embedding, h residual streams through blocks of attention and MoE, hyper head, logits.
+
+Shapes: input_ids [B, S]; streams are kept flat, [B*S, h, D]; logits [B, S, V].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from upwell.config import ModelConfig, Numerics
+from upwell.model import compiled
+from upwell.model.attention import Attention, Rope
+from upwell.model.cache import KVCache, LayerCache, Step
+from upwell.model.hyper_connections import HyperConnection, HyperHead
+from upwell.model.layers import Linear, RMSNorm
+from upwell.model.moe import MoE
+from upwell.ops.rope import inverse_frequencies, rope_angles
+
+
+class Block(nn.Module):
+    """Attention and MoE, each between norm and hyper-connection. `ratio` picks the attention kind."""
+
+    def __init__(self, config: ModelConfig, ratio: int, is_hash: bool, numerics: Numerics) -> None:
+        super().__init__()
+        self.attn = Attention(config, ratio, numerics)
+        self.ffn = MoE(config, is_hash)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_attn = HyperConnection(config)
+        self.hc_ffn = HyperConnection(config)
+
+    def forward(
+        self, streams: Tensor, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
+    ) -> Tensor:
+        """streams [B*S, h, D], input_ids [B, S] -> streams."""
+        x, post, comb = self.hc_attn.enter(streams)
+        x = self.attn_norm(x).view(*input_ids.shape, -1)
+        streams = self.hc_attn.leave(streams, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
+        x, post, comb = self.hc_ffn.enter(streams)
+        return self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
+
+
+class MTPBlock(Block):
+    """Multi-token prediction (paper section 2.4): from the streams at t and token t+1, the streams that predict t+2.
+
+    e_proj(enorm(embed(next))) is added to h_proj(hnorm(X)) of each stream; then a sliding block with learned
+    routing. Embedding and output head are the model's; hyper head and norm are its own.
+    """
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        super().__init__(config, 0, False, numerics)
+        self.e_proj = Linear(config.hidden_size, config.hidden_size)
+        self.h_proj = Linear(config.hidden_size, config.hidden_size)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperHead(config)
+
+    def join(self, embedded: Tensor, streams: Tensor) -> Tensor:
+        """embedded next tokens [T, D] and streams [T, h, D] -> streams [T, h, D]."""
+        return self.e_proj(self.enorm(embedded)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
+
+
+class Transformer(nn.Module):
+    """V4. `model(input_ids [B, S])` gives logits [B, S, V]; with `cache` and `step` it extends cached sequences.
+
+    numerics "exact" computes in the model's dtype; "official" rounds activations where the official code does.
+    """
+
+    def __init__(self, config: ModelConfig, numerics: Numerics = "exact") -> None:
+        super().__init__()
+        self.config, self.numerics = config, numerics
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, ratio, config.is_hash_layer(i), numerics)
+            for i, ratio in enumerate(config.compress_ratios)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperHead(config)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTPBlock(config, numerics) for _ in range(config.num_nextn_predict_layers))
+        r = config.qk_rope_head_dim
+        self.freqs: Tensor
+        self.compress_freqs: Tensor
+        self.register_buffer("freqs", inverse_frequencies(r, config.rope_theta, None), persistent=False)
+        self.register_buffer(
+            "compress_freqs", inverse_frequencies(r, config.compress_rope_theta, config.yarn), persistent=False
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None) -> Tensor:
+        """Logits [B, S, V] in FP32 for input_ids [B, S] (positions from 0, or `step`'s with a cache)."""
+        streams = self.streams(input_ids, cache, step)
+        return self.logits(streams).view(*input_ids.shape, -1)
+
+    def streams(self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None) -> Tensor:
+        """The final residual streams [B*S, h, D], before the hyper head: what logits and MTP both start from."""
+        streams = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+        if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
+            own = streams.contiguous()
+            if compiled.run_layers(plan, input_ids, own, cache, step):
+                return own
+        plain, compressed = self._ropes(input_ids, step)
+        for i, block in enumerate(self.layers):
+            rope = compressed if self.config.compress_ratios[i] else plain
+            streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step)
+        return streams
+
+    def logits(self, streams: Tensor) -> Tensor:
+        """streams [T, h, D] -> logits [T, V], FP32."""
+        if (plan := compiled.plan(self)) is not None:
+            return compiled.run_head(plan, streams, self.config.vocab_size)
+        return self._head(self.norm(self.hc_head(streams)))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        self.__dict__.pop("_plan", None)  # .to() and its kin move the weights
+        return super()._apply(fn, recurse)
+
+    def draft(
+        self, next_ids: Tensor, streams: Tensor, cache: KVCache | None = None, step: Step | None = None, depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """MTP block `depth`: next_ids [B, S] are the tokens after those that gave `streams` [B*S, h, D].
+
+        Returns logits [B*S, V] for the token after next, and the block's streams.
+        """
+        block = self.mtp[depth]
+        assert isinstance(block, MTPBlock)
+        plain, _ = self._ropes(next_ids, step)
+        joined = block.join(self.embed(next_ids).flatten(0, 1), streams)
+        served = False
+        if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
+            out = joined.contiguous()
+            served = compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth)
+        if not served:
+            out = block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step)
+        return self._head(block.norm(block.hc_head(out))), out
+
+    def _head(self, x: Tensor) -> Tensor:
+        if self.numerics == "official":
+            return torch.nn.functional.linear(x.float(), self.head.weight.float())
+        return self.head(x).float()
+
+    def _ropes(self, input_ids: Tensor, step: Step | None) -> tuple[Rope, Rope]:
+        if step is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        else:
+            positions = step.positions(input_ids.shape[1])
+        return (
+            Rope(self.freqs, *rope_angles(positions, self.freqs)),
+            Rope(self.compress_freqs, *rope_angles(positions, self.compress_freqs)),
+        )

@@ -1,0 +1,62 @@
+"""Mixture of experts: scores sqrt(softplus), bias-corrected top-k or hash table, SwiGLU with a limit (paper 2.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upwell.ops import gradients, moe_autograd
+from upwell.ops.linear import linear
+from upwell.ops.topk import stable_topk
+
+
+def router_scores(x: Tensor, weight: Tensor) -> Tensor:
+    """sqrt(softplus(W x)): [T, D], [E, D] -> [T, E], FP32."""
+    return F.softplus(F.linear(x.float(), weight.float())).sqrt()
+
+
+def route(scores: Tensor, k: int, scaling: float, bias: Tensor | None, experts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Experts [T, k] and their weights [T, k] FP32. `experts` given: a hash layer; else top-k of scores + bias.
+
+    Weights are the scores without bias, normalised over the k, times `scaling`.
+    """
+    if experts is None:
+        experts = stable_topk(scores if bias is None else scores + bias, k)
+    weights = scores.gather(1, experts)
+    return experts, weights / weights.sum(dim=-1, keepdim=True) * scaling
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
+    if gradients.recording(gate, up):
+        return moe_autograd.swiglu(gate, up, limit)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def expert_hidden(x: Tensor, w1: Tensor, w3: Tensor, limit: float, s1: Tensor | None, s3: Tensor | None) -> Tensor:
+    """One expert's hidden values, silu(w1 x) * w3 x with the limit: x [T, D] -> [T, I], FP32. s1, s3: scales."""
+    return swiglu(linear(x, w1, s1).float(), linear(x, w3, s3).float(), limit)
+
+
+def grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+    """All routed experts of dense weights: x [T, D], experts/weights [T, k], w13 [E, 2I, D], w2 [E, D, I] -> [T, D].
+
+    Tokens are sorted by expert, so each expert is one product over its rows; the weight comes before w2, as in the
+    official code, and the sum over the k is in FP32.
+    """
+    if gradients.recording(x, w13):
+        return moe_autograd.grouped_experts(x, experts, weights, w13, w2, limit)
+    tokens, k = experts.shape
+    order = experts.flatten().argsort(stable=True)
+    counts = torch.bincount(experts.flatten(), minlength=w13.shape[0]).tolist()
+    rows = x[order // k]
+    up_weights, down_weights = w13.unbind(0), w2.unbind(0)  # one gradient tensor, not one a slice
+    row_weights = weights.flatten()[order].unsqueeze(-1)
+    hidden = torch.cat([F.linear(part, up_weights[e]) for e, part in enumerate(rows.split(counts)) if part.shape[0]])
+    gate, up = hidden.chunk(2, dim=-1)
+    hidden = (swiglu(gate.float(), up.float(), limit) * row_weights).to(x.dtype)
+    outs = torch.cat([F.linear(part, down_weights[e]) for e, part in enumerate(hidden.split(counts)) if part.shape[0]])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)

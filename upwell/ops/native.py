@@ -1,0 +1,173 @@
+"""The C++ kernels (csrc/): loading, choice of instruction set, threads, and the structs they are called with.
+
+A plain C library by ctypes, which releases the GIL during calls. Without it everything runs in plain PyTorch.
+UPWELL_KERNELS=off disables it; UPWELL_KERNELS=baseline|avx2|avx512 forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from upwell.errors import UpwellError
+
+ISAS = ("baseline", "avx2", "avx512")
+
+
+class Matrix(ctypes.Structure):
+    """csrc/layout.h, field by field; so are the structs below."""
+
+    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("cols", c_int64), ("format", c_int64)]
+
+
+class Mix(ctypes.Structure):
+    _fields_ = [("fn", Matrix), ("base", c_void_p), ("scale", c_void_p)]
+
+
+class Compressor(ctypes.Structure):
+    _fields_ = [("wkv", Matrix), ("wgate", Matrix), ("ape", c_void_p), ("norm", c_void_p), ("dim", c_int64),
+                ("width", c_int64), ("ratio", c_int64)]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("ratio", c_int64), ("mix_attn", Mix), ("mix_ffn", Mix),
+        *((name, c_void_p) for name in ("attn_norm", "ffn_norm", "q_norm", "kv_norm", "sink")),
+        *((name, Matrix) for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")),
+        ("compressor", Compressor), ("index_compressor", Compressor), ("index_wq_b", Matrix),
+        ("index_weights", Matrix), ("has_index", c_int64), ("gate", Matrix), ("gate_bias", c_void_p),
+        ("tid2eid", c_void_p), ("experts", POINTER(Matrix)),
+    ]  # fmt: skip
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in (
+            "hidden", "streams", "heads", "dim", "rope", "window", "q_rank", "o_rank", "groups", "index_heads",
+            "index_dim", "index_topk", "experts", "experts_per_token", "inter", "shared_inter", "sinkhorn_iters",
+            "vocab", "csa_ratio")),
+        *((name, c_double) for name in ("hc_eps", "norm_eps", "swiglu_limit", "routed_scaling")),
+        ("freqs", c_void_p), ("compress_freqs", c_void_p),
+    ]  # fmt: skip
+
+
+class LayerCache(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in (
+            "window", "entries", "tail_kv", "tail_gate", "index_keys", "index_tail_kv", "index_tail_gate")),
+        ("tail_ring", c_int64), ("index_tail_ring", c_int64),
+    ]  # fmt: skip
+
+
+class Sequence(ctypes.Structure):
+    _fields_ = [("slot", c_int64), ("start", c_int64), ("length", c_int64), ("row", c_int64), ("table", c_void_p)]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("model", POINTER(Model)), ("layers", POINTER(Layer)), ("caches", POINTER(LayerCache)),
+        ("layer_count", c_int64), ("sequences", POINTER(Sequence)), ("sequence_count", c_int64), ("tokens", c_int64),
+        ("block_tokens", c_int64), ("ids", c_void_p), ("streams", c_void_p), ("workspace", c_void_p),
+        ("workspace_floats", c_int64),
+    ]  # fmt: skip
+
+
+class HeadCall(ctypes.Structure):
+    _fields_ = [
+        ("model", POINTER(Model)), ("fn", Matrix), ("base", c_void_p), ("scale", c_void_p), ("norm", c_void_p),
+        ("head", Matrix), ("tokens", c_int64), ("streams", c_void_p), ("logits", c_void_p), ("workspace", c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def _loaded() -> ctypes.CDLL | None:
+    wish = os.environ.get("UPWELL_KERNELS", "")
+    if wish == "off":
+        return None
+    folder = Path(__file__).parent
+    paths = [p for suffix in EXTENSION_SUFFIXES if (p := folder / f"_kernels{suffix}").exists()]
+    if not paths:
+        return None
+    try:
+        lib = ctypes.CDLL(str(paths[0]))
+    except OSError:  # built for another machine
+        return None
+    lib.upwell_isa.restype = c_char_p
+    lib.upwell_set_isa.argtypes = [c_char_p]
+    for name in ("upwell_workspace_bytes", "upwell_head_workspace_bytes"):
+        function = getattr(lib, name)
+        function.argtypes, function.restype = [c_void_p, c_int], c_int64
+    for name in ("upwell_forward", "upwell_head"):
+        function = getattr(lib, name)
+        function.argtypes, function.restype = [c_void_p], None
+    lib.upwell_set_threads.argtypes = [c_int]
+    _share_openmp(lib)
+    if wish and lib.upwell_set_isa(wish.encode()) != 0:
+        raise UpwellError(
+            f"UPWELL_KERNELS={wish}: this machine or build has no such kernels",
+            f"use off or one of {', '.join(ISAS)} that the CPU supports, or unset it",
+        )
+    return lib
+
+
+def _share_openmp(lib: ctypes.CDLL) -> None:
+    """Let the kernels use the thread pool of torch's own OpenMP runtime; without one they are single-threaded."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    found = re.search(r"(/\S*libgomp\S*)", maps)
+    if found is None:
+        return
+    gomp = ctypes.CDLL(found.group(1))
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    lib.upwell_set_openmp(*(ctypes.cast(getattr(gomp, name), c_void_p) for name in names))
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they aren't built or UPWELL_KERNELS=off."""
+    return _loaded()
+
+
+def set_isa(name: str) -> bool:
+    """Force an instruction set (tests); False where this machine lacks it."""
+    lib = library()
+    return lib is not None and lib.upwell_set_isa(name.encode()) == 0
+
+
+def describe() -> str:
+    """One line for --version and doctor."""
+    lib = library()
+    if lib is not None:
+        return f"CPU kernels: {lib.upwell_isa().decode()}, {torch.get_num_threads()} threads"
+    if os.environ.get("UPWELL_KERNELS") == "off":
+        return "CPU kernels: off (UPWELL_KERNELS=off), plain PyTorch"
+    return "CPU kernels: not built (no C++ compiler at install), plain PyTorch"
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="upwell-kernels")
+
+
+def parallel_ranges(n: int, run: Callable[[int, int], None]) -> None:
+    """run(begin, end) over [0, n) cut into one range a torch thread; for kernels that take ranges."""
+    parts = min(torch.get_num_threads(), max(1, n // 128))
+    if parts == 1:
+        run(0, n)
+        return
+    bounds = [n * i // parts for i in range(parts + 1)]
+    futures = [_threads().submit(run, a, b) for a, b in pairwise(bounds[1:])]
+    run(0, bounds[1])
+    for future in futures:
+        future.result()
