@@ -1,6 +1,9 @@
 // mHC with gradients, FP32: the forward and backward of entering and leaving a sublayer, each one pass over the
 // streams. Plain PyTorch makes some 120 small operators of the Sinkhorn iterations alone; training felt that most.
 // Streams X [T, h, D]; `dot` [T, (2+h)h] is fn @ flatten(X), made by a matrix product outside.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O3", "associative-math", "no-signed-zeros", "no-trapping-math", "no-math-errno")
+#endif
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

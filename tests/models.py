@@ -1,7 +1,7 @@
 """transformers' DeepseekV4 and ours on the same random weights, by way of a saved checkpoint.
 
-The weights' scale keeps every selection clear: `Twin.build` measures the gap at the cut of each top-k in
-transformers' own run and refuses a fixture with a near-tie, where either side may rightly pick the other.
+The weights' scale keeps every selection clear: `run_clear` measures the gap at the cut of each top-k in
+transformers' own run and refuses inputs with a near-tie, where either side may rightly pick the other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 
 from upwell.checkpoint import load_model
 from upwell.config import BLOCK_TOKENS
-from upwell.model import KVCache, Step, Transformer
+from upwell.model import KVCache, Step, Transformer, compiled
 
 VOCAB = 300
 TOLERANCE = 1e-4  # of the logits' scale
@@ -35,7 +36,6 @@ class Spec:
     yarn: bool
     length: int
     seed: int
-    sizes: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -50,7 +50,7 @@ class Spec:
                 "type": "yarn", "factor": 16, "original_max_position_embeddings": 65536,
                 "beta_fast": 32, "beta_slow": 1,
             }  # fmt: skip
-        return config | self.sizes
+        return config
 
 
 SPECS = {
@@ -70,13 +70,11 @@ class Twin:
     """Both models, a sequence, and transformers' answer: logits [L, V], each CSA layer's picks [L, K] (-1 none)."""
 
     spec: Spec
-    directory: Path
     theirs: Any
     ours: Transformer
     ids: Tensor
     logits: Tensor
     picks: list[Tensor]
-    gap: float
 
     @staticmethod
     def build(spec: Spec, directory: Path) -> Twin:
@@ -84,13 +82,10 @@ class Twin:
         theirs.save_pretrained(directory)
         ours = load_model(directory, dtype=torch.float32)
         ids = random_ids(1, spec.length, spec.seed)
-        with watch(theirs) as seen:
-            logits = run_theirs(theirs, ids)[0]
+        logits, seen = run_clear(theirs, ids)
         topk = spec.config()["index_topk"]
-        gap = min([index_gap(p, topk) for p in seen.scores] + [router_gap(r) for r in seen.routed])
-        assert gap > MIN_GAP, f"near-tie in the fixture: gap {gap:.1e}, choose another seed"
         picks = [torch.cat([pad(p, (0, topk - p.shape[-1]), value=-1) for p in layer]) for layer in seen.picks]
-        return Twin(spec, directory, theirs, ours, ids, logits, picks, gap)
+        return Twin(spec, theirs, ours, ids, logits[0], picks)
 
 
 def build_theirs(spec: Spec) -> Any:
@@ -175,6 +170,16 @@ def watch(model: Any) -> Iterator[Seen]:
             handle.remove()
 
 
+def run_clear(model: Any, ids: Tensor) -> tuple[Tensor, Seen]:
+    """Logits [B, S, V] of transformers, asserting that none of its selections hangs on rounding."""
+    with watch(model) as seen:
+        logits = run_theirs(model, ids)
+    gaps = [index_gap(chunks, model.config.index_topk) for chunks in seen.scores]
+    gap = min(gaps + [router_gap(chunks) for chunks in seen.routed], default=1.0)
+    assert gap > MIN_GAP, f"near-tie in the fixture: gap {gap:.1e}, choose another seed"
+    return logits, seen
+
+
 def index_gap(chunks: list[Tensor], k: int) -> float:
     """The least distance between the k-th and the next score of any query, in units of that query's spread."""
     least, start = float("inf"), 0
@@ -198,6 +203,13 @@ def router_gap(chunks: list[Any]) -> float:
         top = scores.topk(k + 1).values
         least = min(least, float((top[:, -2] - top[:, -1]).min()))
     return least
+
+
+@contextmanager
+def path(name: str) -> Iterator[None]:
+    """ "modules": the plain modules, whatever this install has; "kernels": its C++ kernels, where they serve."""
+    with patch.object(compiled, "plan", (lambda model: None) if name == "modules" else compiled.plan):
+        yield
 
 
 class Session:

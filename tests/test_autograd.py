@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_v4 import config
+from tiny_v4 import build_model
 from torch import Tensor
 
-from upwell.model import Transformer
-from upwell.model.init import init_weights
 from upwell.ops import attention, attention_autograd, gradients, moe, moe_autograd, norm_autograd, rope_autograd
 from upwell.ops.norm import rms_norm
 from upwell.ops.rope import apply_rope, rope_angles
@@ -132,7 +130,7 @@ def test_model_gradients_match_the_plain_path(monkeypatch: pytest.MonkeyPatch) -
     ids = torch.randint(0, 300, (2, 150), generator=torch.Generator().manual_seed(0))
 
     def run(bf16: bool) -> dict[str, Tensor]:
-        model = init_weights(Transformer(config()), 0)
+        model = build_model()  # weights of a clear scale: with near-equal streams, gradients are rounding noise
         for block in model.layers:
             if block.attn.indexer is not None:
                 block.attn.indexer.topk = 1 << 30

@@ -10,7 +10,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
-from models import Session, assert_close, fill, random_ids
+from models import Session, assert_close, fill, path, random_ids
 from plain_v4 import PlainV4
 from torch import Tensor
 
@@ -74,18 +74,24 @@ def test_draft_of_a_batch_keeps_sequences_apart(model: Transformer, ids: Tensor,
     assert_close(logits.view(2, LENGTH, -1)[1], plain["drafts"], tolerance=2e-5)
 
 
+@pytest.mark.parametrize("by", ["modules", "kernels"])
 @pytest.mark.parametrize("sizes", [[1], [5, 1, 1, 13, 2], [12, 11, 1]], ids=["step by step", "odd chunks", "window"])
-def test_draft_with_a_cache(model: Transformer, ids: Tensor, plain: dict[str, Tensor], sizes: list[int]) -> None:
-    session = Session(model, [ids], mtp=True).feed_all(cycle(sizes))
+def test_draft_with_a_cache(
+    model: Transformer, ids: Tensor, plain: dict[str, Tensor], sizes: list[int], by: str
+) -> None:
+    with path(by):
+        session = Session(model, [ids], mtp=True).feed_all(cycle(sizes))
     assert_close(session.result()[:-1], plain["logits"], "logits", 2e-5)
     # The last position has no next token yet.
     assert_close(torch.cat(session.drafts[0])[:-1], plain["drafts"], "drafts", 2e-5)
 
 
-def test_ragged_drafts_with_a_cache(model: Transformer, ids: Tensor, plain: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("by", ["modules", "kernels"])
+def test_ragged_drafts_with_a_cache(model: Transformer, ids: Tensor, plain: dict[str, Tensor], by: str) -> None:
     session = Session(model, [random_ids(1, 20, 6)[0], ids], mtp=True)
-    for lengths in ({0: 3, 1: 13}, {0: 1, 1: 1}, {0: 9, 1: 2}, {1: 1, 0: 1}, {0: 6, 1: 29}):
-        session.feed(lengths)
+    with path(by):
+        for lengths in ({0: 3, 1: 13}, {0: 1, 1: 1}, {0: 9, 1: 2}, {1: 1, 0: 1}, {0: 6, 1: 29}):
+            session.feed(lengths)
     assert_close(torch.cat(session.drafts[1])[:-1], plain["drafts"], "the ragged batch", 2e-5)
 
 

@@ -8,13 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from models import Session, assert_close, fill, random_ids
+from models import Session, assert_close, fill, path, random_ids
 from plain_v4 import PlainV4, fp4_rounded, fp8_rounded, hadamard_matrix
 from torch import Tensor
 
 from upwell.checkpoint import load_model, save_checkpoint
 from upwell.config import ModelConfig, Yarn
 from upwell.model import Transformer
+from upwell.model.compressor import fake_fp8_nope
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts
 from upwell.ops.fake_quant import fake_fp4, fake_fp8, hadamard
@@ -131,6 +132,30 @@ def test_rounding_passes_gradients_straight_through() -> None:
         assert torch.equal(x.grad, torch.arange(64.0))
 
 
+def in_steps(groups: int, size: int) -> Tensor:
+    """One row whose groups lie 2^12 apart: in a larger neighbour's scale a group would lose bits."""
+    x = torch.randn(groups, size, generator=torch.Generator().manual_seed(4))
+    return (x * 2.0 ** (-12 * torch.arange(groups))[:, None]).flatten()[None]
+
+
+def test_a_latents_nope_part_is_rounded_in_groups_of_64() -> None:
+    x = torch.cat((in_steps(3, 64), torch.randn(1, 16)), dim=1)
+    ours = fake_fp8_nope(x, 16)[0]
+    assert np.array_equal(ours[:192].double().numpy(), fp8_rounded(x[0, :192].double().numpy(), 64))
+    assert torch.equal(ours[192:], x[0, 192:])
+
+
+def test_inputs_are_rounded_in_groups_of_128() -> None:
+    layer = Linear(384, 384)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(384))
+    x = in_steps(3, 128)
+    assert torch.equal(layer(x), x)
+    layer.quantize_input = True
+    expected = fp8_rounded(x[0].double().numpy(), 128)
+    assert np.array_equal(layer(x)[0].detach().double().numpy(), expected)
+
+
 @pytest.mark.parametrize("n", [1, 2, 32, 128])
 def test_hadamard(n: int) -> None:
     x = torch.randn(3, 5, n, generator=torch.Generator().manual_seed(1))
@@ -143,8 +168,14 @@ def test_hadamard(n: int) -> None:
 
 
 def test_exact_numerics_from_packed_weights(exact: Transformer, ids: Tensor) -> None:
-    for ours, plain in zip(forward(exact, ids), plain_forward(exact, ids), strict=True):
+    references = plain_forward(exact, ids)
+    for ours, plain in zip(forward(exact, ids), references, strict=True):
         assert_close(ours, plain, tolerance=2e-5)
+    for by in ("modules", "kernels"):
+        with path(by):
+            session = Session(exact, [ids], mtp=True).feed_all(cycle([5, 1, 1, 13, 2]))
+        assert_close(session.result()[:-1], references[0], by, 2e-5)
+        assert_close(torch.cat(session.drafts[0])[:-1], references[1], by, 2e-5)
 
 
 def test_official_numerics_against_the_reference(exact: Transformer, official: Transformer, ids: Tensor) -> None:

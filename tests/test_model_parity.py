@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import cycle
 
 import pytest
 import torch
-from models import FULL_FORWARD, SPECS, Session, Spec, Twin, assert_close, random_ids, run_theirs
+from models import FULL_FORWARD, SPECS, Session, Spec, Twin, assert_close, path, random_ids, run_clear, run_theirs
 from torch import Tensor
 
 from upwell.engine import LLM, SamplingParams
@@ -19,6 +20,13 @@ DECODED = 262  # tokens decoded one by one from an empty cache: past every bound
 @pytest.fixture(scope="module", params=SPECS)
 def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
     return Twin.build(SPECS[request.param], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(params=["modules", "kernels"])
+def by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the cached forwards run."""
+    with path(request.param):
+        yield request.param
 
 
 def test_prefill_of_every_length(twin: Twin) -> None:
@@ -36,14 +44,14 @@ def test_prefill_with_gradients_on(twin: Twin) -> None:
         assert_close(twin.ours(twin.ids[:, :n]).detach()[0], twin.logits[:n], f"length {n}")
 
 
-def test_prefill_in_chunks_of_odd_sizes(twin: Twin) -> None:
+def test_prefill_in_chunks_of_odd_sizes(twin: Twin, by: str) -> None:
     for first in (0, 3):
         sizes = cycle(CHUNKS[first:] + CHUNKS[:first])
         ours = Session(twin.ours, [twin.ids[0]]).feed_all(sizes).result()
         assert_close(ours, twin.logits, f"chunks from {CHUNKS[first]}")
 
 
-def test_token_by_token(twin: Twin) -> None:
+def test_token_by_token(twin: Twin, by: str) -> None:
     session = Session(twin.ours, [twin.ids[0, :DECODED]]).feed_all(cycle([1]))
     assert_close(session.result(), twin.logits[:DECODED], "from the first token")
     session = Session(twin.ours, [twin.ids[0]])
@@ -51,9 +59,9 @@ def test_token_by_token(twin: Twin) -> None:
     assert_close(session.feed_all(cycle([1])).result(), twin.logits, "the last nine")
 
 
-def test_ragged_batches(twin: Twin) -> None:
+def test_ragged_batches(twin: Twin, by: str) -> None:
     lengths = [300, 131, 5, 260]
-    sequences = [random_ids(1, n, 50 + i)[0] for i, n in enumerate(lengths)]
+    sequences = [random_ids(1, n, 70 + i)[0] for i, n in enumerate(lengths)]
     session = Session(twin.ours, sequences)
     for round_of in (
         {0: 5, 1: 128, 2: 1, 3: 2},
@@ -66,7 +74,7 @@ def test_ragged_batches(twin: Twin) -> None:
         session.feed(round_of)
     assert session.done == lengths
     for i, ids in enumerate(sequences):
-        assert_close(session.result(i), run_theirs(twin.theirs, ids[None])[0], f"sequence {i}")
+        assert_close(session.result(i), run_clear(twin.theirs, ids[None])[0][0], f"sequence {i}")
 
 
 def picked_by_ours(twin: Twin) -> list[tuple[list[Tensor], list[torch.utils.hooks.RemovableHandle]]]:
@@ -79,10 +87,7 @@ def picked_by_ours(twin: Twin) -> list[tuple[list[Tensor], list[torch.utils.hook
     return watched
 
 
-@pytest.mark.parametrize("way", ["prefill", "chunks"])
-def test_the_indexer_selects_the_same_entries(twin: Twin, way: str) -> None:
-    watched = picked_by_ours(twin)
-    length = twin.spec.length
+def _run(twin: Twin, way: str) -> None:
     if way == "prefill":
         with torch.no_grad():
             twin.ours(twin.ids)
@@ -92,6 +97,14 @@ def test_the_indexer_selects_the_same_entries(twin: Twin, way: str) -> None:
         for _ in range(6):
             session.feed({0: 1})
         session.feed_all(cycle([211]))
+
+
+@pytest.mark.parametrize("way", ["prefill", "chunks"])
+def test_the_indexer_selects_the_same_entries(twin: Twin, way: str) -> None:
+    watched = picked_by_ours(twin)
+    length = twin.spec.length
+    with path("modules"):
+        _run(twin, way)
     for (rows, hooks), theirs in zip(watched, twin.picks, strict=True):
         for hook in hooks:
             hook.remove()

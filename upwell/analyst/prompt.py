@@ -41,6 +41,8 @@ def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence
         parts.append(plain(text))
         for mark in marks:
             parts += _render_mark(mark, place)
+            if mark.kind == "N" and linked.slots.numbers[mark.index].year:
+                parts.append("<year>")  # it may also be a period, for conditions on dates
     parts.append("<plan>")
     return " ".join(part for part in parts if part)
 

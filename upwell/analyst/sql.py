@@ -11,6 +11,7 @@ from upwell.analyst.schema import TABLE, ColumnKind, ColumnProfile, TableProfile
 from upwell.analyst.slots import NumberSlot, Slots
 
 _SYMBOLS = {"eq": "=", "ne": "<>", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_REPEATING = (ColumnKind.CAT, ColumnKind.FLAG)  # kinds whose values many rows share
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 
 
@@ -85,7 +86,9 @@ class _Compiler:
                 columns.append(plan.sort_column)
             order.append(f"{self.name(plan.sort_column)} {(plan.sort or 'asc').upper()} NULLS LAST")
             order += [self.name(c) for c in columns if c != plan.sort_column]
-        select = "SELECT " + ", ".join(self.name(c) for c in columns)
+        # Categories alone name no row: repeats say nothing.
+        repeats = plan.sort_column is None and all(self.columns[c].kind in _REPEATING for c in columns)
+        select = f"SELECT {'DISTINCT ' if repeats else ''}" + ", ".join(self.name(c) for c in columns)
         return _clauses(select, where, order=order, limit=self.limit(plan))
 
     def aggregate(self, plan: Plan, where: list[str]) -> str:

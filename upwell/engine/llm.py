@@ -38,7 +38,7 @@ def nano_path() -> Path:
 class LLM:
     """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
 
-    dtype None: as the checkpoint has it. numerics "official" rounds activations as the official code does.
+    dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
     Up to `max_num_seqs` sequences run at once and share a cache of `cache_tokens` tokens.
     """
 
@@ -55,6 +55,8 @@ class LLM:
 
         on = resolve_device(device)
         where = nano_path() if path is None else Path(path)
+        if path is None and dtype is None:
+            dtype = torch.float32  # small enough, and what the CPU kernels compute in
         model = load_model(where, dtype=dtype, device=on, numerics=numerics)
         self._start(model, Tokenizer.from_directory(where), max_num_seqs, cache_tokens)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upwell.config import ModelConfig, Numerics
-from upwell.model.cache import LayerCache, Step
+from upwell.model.cache import LayerCache, Step, Tail
 from upwell.model.compressor import Compressor, fake_fp8_nope
 from upwell.model.indexer import Indexer
 from upwell.model.layers import Linear, RMSNorm
@@ -103,8 +103,9 @@ class Attention(nn.Module):
                 entries = self._extend(self.compressor, x[b, :n], slot, start, cache.tail, cache.entries, step, b, rope)
                 if self.indexer is not None:
                     keys = self._extend(
-                        self.indexer.compressor, x[b, :n], slot, start, cache.index_tail, cache.index_keys, step, b, rope
-                    )
+                        self.indexer.compressor, x[b, :n], slot, start, cache.index_tail, cache.index_keys, step, b,
+                        rope,
+                    )  # fmt: skip
                     if entries.shape[1] > self.indexer.topk:
                         own = Rope(rope.freqs, rope.cos[b : b + 1, :n], rope.sin[b : b + 1, :n])
                         selected = self._select(x[b : b + 1, :n], q_latent[b : b + 1, :n], keys, own, start)
@@ -115,8 +116,12 @@ class Attention(nn.Module):
             cache.window[slot, recent] = kv[b, max(0, n - self.window) : n]
         return out
 
-    def _extend(self, compressor: Compressor, x: Tensor, slot: int, start: int, tail, pool, step: Step, b: int, rope: Rope) -> Tensor:  # type: ignore[no-untyped-def]  # fmt: skip
+    def _extend(
+        self, compressor: Compressor, x: Tensor, slot: int, start: int, tail: Tail | None, pool: Tensor | None,
+        step: Step, b: int, rope: Rope,
+    ) -> Tensor:  # fmt: skip
         """Store the entries that x completes; return all of the sequence's entries, [1, N, d]."""
+        assert tail is not None and pool is not None  # a compressed layer has both
         fresh = compressor.extend(x, slot, start, tail, rope.freqs)
         rows = step.entry_rows(self.ratio)[b]
         flat = pool.view(-1, pool.shape[-1])
@@ -152,8 +157,12 @@ class Attention(nn.Module):
             valid = torch.cat((valid, seen), dim=1)
         return attend_step(q[:, 0], keys, valid, self.attn_sink).unsqueeze(1)
 
-    def _append(self, compressor: Compressor, x: Tensor, tail, pool, rows: list[Tensor], step: Step, rope: Rope) -> Tensor:  # type: ignore[no-untyped-def]  # fmt: skip
+    def _append(
+        self, compressor: Compressor, x: Tensor, tail: Tail | None, pool: Tensor | None, rows: list[Tensor],
+        step: Step, rope: Rope,
+    ) -> Tensor:  # fmt: skip
         """Store the entries that this step completes; return the pool as rows [blocks * per_block, d]."""
+        assert tail is not None and pool is not None
         closing, fresh = compressor.step(x, step, tail, rope.freqs)
         flat: Tensor = pool.view(-1, pool.shape[-1])
         if closing:

@@ -60,7 +60,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The caches of all layers (and of the MTP blocks, which are sliding), for `slots` sequences and `blocks` blocks."""
+    """The caches of all layers and of the MTP blocks (sliding ones), for `slots` sequences and `blocks` blocks."""
 
     def __init__(
         self, config: ModelConfig, blocks: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"

@@ -76,8 +76,8 @@ class _Builder:
 
     def vector(self, module: nn.Module, name: str = "weight") -> int:
         """Address of a tensor as contiguous FP32."""
-        own = module._parameters.get(name)
-        own = module._buffers[name] if own is None else own
+        parameter = module._parameters.get(name)
+        own: Tensor | None = module._buffers[name] if parameter is None else parameter
         assert own is not None
         copied = own.dtype != torch.float32 or not own.is_contiguous()
         return self.address(self.watch(module, name, copied).float().contiguous())

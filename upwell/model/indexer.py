@@ -27,7 +27,7 @@ class Indexer(nn.Module):
         self.official = numerics == "official"
 
     def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, S, n, c] and head weights [B, S, n] (scales included, FP32) from x [B, S, D], q_latent [B, S, R_q].
+        """Queries [B, S, n, c] and head weights [B, S, n] (FP32, scaled) from x [B, S, D] and q_latent [B, S, R_q].
 
         cos, sin [B, S, r/2] are of the compressed layers' rotary at the queries' positions.
         """
@@ -39,5 +39,5 @@ class Indexer(nn.Module):
         return q, weights
 
     def forward(self, queries: Tensor, weights: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-        """Selected entries: queries [B, S, n, c], weights [B, S, n], keys [B, N, c], visible [B, S] -> [B, S, K], -1 none."""
+        """Selected entries [B, S, K], -1 none: queries [B, S, n, c], weights [B, S, n], keys [B, N, c], visible [B, S]."""
         return select_entries(index_scores(queries, keys, weights), visible, self.topk)

@@ -20,7 +20,7 @@ from torch import Tensor
 from upwell.analyst.plan import plan_tokens
 from upwell.analyst.prompt import choose_columns, render_prompt
 from upwell.nano.generate import Domain, Example, examples
-from upwell.nano.tokenizer import BOS, PAD
+from upwell.nano.tokenizer import BOS, PAD, id_of
 
 CHUNK = 512  # sequences drawn from one seed; a resumed run starts at a chunk
 BUCKET = 16  # sequence lengths are padded to a multiple of this
@@ -48,7 +48,7 @@ def sequence(tokenizer: Tokenizer, group: Sequence[Example], rng: Random) -> tup
         if plan.reason == "ambiguous":  # the pair has no order of its own
             plan = replace(plan, columns=tuple(sorted(plan.columns, key=order.index)))
         texts.append(" ".join(plan_tokens(plan, order)))
-    ids = [tokenizer.token_to_id(BOS)]
+    ids = [id_of(tokenizer, BOS)]
     is_plan = [False]
     for k, text in enumerate(texts):
         part = tokenizer.encode(text, add_special_tokens=False).ids if text else []
@@ -115,7 +115,7 @@ def batches(
 def collate(tokenizer: Tokenizer, group: Sequence[tuple[list[int], list[bool]]]) -> Batch:
     """Pad to one width and shift: the target of a token is the next one, if that is a plan's."""
     width = -(-max(len(ids) for ids, _ in group) // BUCKET) * BUCKET
-    ids_out = torch.full((len(group), width), tokenizer.token_to_id(PAD), dtype=torch.long)
+    ids_out = torch.full((len(group), width), id_of(tokenizer, PAD), dtype=torch.long)
     targets = torch.full((len(group), width), -100, dtype=torch.long)
     for row, (ids, is_plan) in enumerate(group):
         tokens = torch.tensor(ids)

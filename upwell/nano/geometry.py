@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from upwell.config import ModelConfig
 
 NANO = ModelConfig(
@@ -31,3 +33,6 @@ NANO = ModelConfig(
     quant_method="fp8",
     expert_dtype="fp4",
 )
+
+# The indexer learns last, from a trained trunk (nano/heads.py): until then CSA reads every entry.
+UNSELECTIVE = replace(NANO, index_topk=1 << 20)

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from upwell.model import Transformer
 from upwell.model.attention import Attention, Rope
 from upwell.nano.dataset import Batch, batches
 from upwell.nano.generate import load_domains
-from upwell.nano.geometry import NANO
+from upwell.nano.geometry import UNSELECTIVE
 from upwell.nano.optim import Optimizer, reduce_sum
 from upwell.nano.quantized_weights import quantized, shipped_as
 from upwell.nano.train import keep_memory, split_domains
@@ -84,7 +84,7 @@ def attention_inputs(model: Transformer, ids: Tensor) -> tuple[Tensor, list[tupl
         if module.indexer is not None:
             seen.append((module, inputs[0].detach(), inputs[1]))
 
-    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.layers]
+    hooks = [m.register_forward_pre_hook(keep) for m in model.layers.modules() if isinstance(m, Attention)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         streams = model.streams(ids)
     for hook in hooks:
@@ -103,14 +103,11 @@ def train_heads(rank: int, out: Path, steps: int, tokens: int, lr: float, ranks:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=ranks)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    model = Transformer(NANO)
+    model = Transformer(UNSELECTIVE)
     model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     trained = {n: p for n, p in model.named_parameters() if "indexer" in n or n.startswith("mtp")}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    for block in model.layers:
-        if block.attn.indexer is not None:
-            block.attn.indexer.topk = 1 << 30
     optimizer = Optimizer(trained)
     formats = shipped_as(model)
     source = batches(tokenizer, split_domains(load_domains())[0], seed + 2, rank, ranks, tokens)
@@ -124,7 +121,7 @@ def train_heads(rank: int, out: Path, steps: int, tokens: int, lr: float, ranks:
                 draft_loss, hits = mtp_loss(model, batch.ids, batch.targets, streams.detach())
             _, layers = attention_inputs(model, joined(batch))
             index_loss = torch.stack([indexer_loss(attn, x, rope) for attn, x, rope in layers]).mean()
-            (draft_loss + index_loss).backward()  # type: ignore[no-untyped-call]
+            (draft_loss + index_loss).backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained.values()]
         reduce_sum(grads)
         for p, g in zip(trained.values(), grads, strict=True):
@@ -158,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.out / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(train_heads, (args.out, args.steps, args.tokens, args.lr, args.ranks, args.seed), nprocs=args.ranks)  # type: ignore[no-untyped-call]
+    spawn(train_heads, (args.out, args.steps, args.tokens, args.lr, args.ranks, args.seed), nprocs=args.ranks)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ class Optimizer:
             by_shape.setdefault((parameter.shape[-2], parameter.shape[-1]), []).append(name)
         for (rows, cols), names in by_shape.items():
             stacked = torch.cat([
-                self.velocity[n].lerp(self.matrices[n].grad, self.momentum).view(-1, rows, cols) for n in names
-            ])  # fmt: skip  # Nesterov: the gradient once more
+                self._nesterov(n).view(-1, rows, cols) for n in names
+            ])  # fmt: skip
             owner = torch.arange(stacked.shape[0]) % world == rank
             flat = torch.zeros_like(stacked)
             flat[owner] = orthogonalise(stacked[owner]) * (0.2 * max(rows, cols) ** 0.5)
@@ -79,6 +79,11 @@ class Optimizer:
         reduce_sum([*updates.values()])
         for name, parameter in self.matrices.items():
             parameter.mul_(1 - lr * self.weight_decay).add_(updates[name], alpha=-lr)
+
+    def _nesterov(self, name: str) -> Tensor:
+        gradient = self.matrices[name].grad
+        assert gradient is not None
+        return self.velocity[name].lerp(gradient, 1 - self.momentum)
 
     def state_dict(self) -> dict[str, Any]:
         return {"velocity": self.velocity, "adam": self.adam.state_dict()}

@@ -17,6 +17,13 @@ CHAT_TOKENS = (BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>", "<think>", "<
 VOCAB_SIZE = 4096
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token, which every nano tokenizer has."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
+
+
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """Train on `texts` (prompts as render_prompt writes them). Deterministic for the same texts in the same order."""
     tokenizer = Tokenizer(models.BPE())

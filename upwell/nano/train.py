@@ -17,24 +17,26 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from upwell.model import Transformer
 from upwell.model.init import init_weights
 from upwell.model.moe import Gate
 from upwell.nano.dataset import Batch, batches
-from upwell.nano.generate import Domain, load_domains
-from upwell.nano.geometry import NANO
+from upwell.nano.generate import Domain, examples, load_domains
+from upwell.nano.geometry import UNSELECTIVE
 from upwell.nano.optim import Optimizer, reduce_sum
 from upwell.nano.quantized_weights import quantized, shipped_as
+from upwell.nano.tokenizer import id_of, train_tokenizer
 
 HELD_OUT = 12  # every so-manieth domain is kept for validation
 BALANCE_RATE = 2e-2  # step of the router bias (auxiliary-loss-free balancing); large, as steps are few
@@ -88,7 +90,8 @@ class LoadBalance:
     """Counts each learned router's choices and moves its bias towards an even load."""
 
     def __init__(self, model: Transformer) -> None:
-        self.gates = [m for n, m in model.named_modules() if isinstance(m, Gate) and m.bias is not None and "mtp" not in n]
+        gates = [m for m in model.layers.modules() if isinstance(m, Gate)]
+        self.gates = [gate for gate in gates if gate.bias is not None]
         self.counts = [torch.zeros(g.weight.shape[0]) for g in self.gates]
         for gate, count in zip(self.gates, self.counts, strict=True):
             gate.register_forward_hook(self._counter(count))
@@ -134,13 +137,11 @@ def train(rank: int, recipe: Recipe, out: Path, init: Path | None) -> None:
     """One rank of a run. Writes out/checkpoint.pt (atomically), out/log.jsonl; resumes from the former."""
     keep_memory()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=recipe.ranks)
+    meeting = f"file://{out.resolve()}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.ranks)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     train_domains, held_domains = split_domains(load_domains())
-    model = init_weights(Transformer(NANO), recipe.seed, std=0.03)
-    for block in model.layers:
-        if block.attn.indexer is not None:
-            block.attn.indexer.topk = 1 << 30  # it learns later, from a trained trunk: until then all entries are read
+    model = init_weights(Transformer(UNSELECTIVE), recipe.seed, std=0.03)
     trunk = {n: p for n, p in model.named_parameters() if "indexer" not in n and not n.startswith("mtp")}
     optimizer = Optimizer(trunk)
     balance = LoadBalance(model)
@@ -160,7 +161,7 @@ def train(rank: int, recipe: Recipe, out: Path, init: Path | None) -> None:
     if rank == 0:
         source = batches(tokenizer, held_domains, recipe.seed + 1, 0, 1, recipe.tokens)
         held_out = [next(source) for _ in range(12)]
-    end_id = tokenizer.token_to_id("<end>")
+    end_id = id_of(tokenizer, "<end>")
     began, average = time.monotonic() - seconds, None
     for step in range(first, recipe.steps):
         batch = next(stream)
@@ -208,7 +209,7 @@ def _backward(model: Transformer, batch: Batch, formats: dict[str, str]) -> floa
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets = plan_logits(model, batch)
         loss = F.cross_entropy(logits, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return float(loss.detach())
 
 
@@ -247,14 +248,10 @@ def main() -> None:
                     quantize_after=args.quantize_after, decay=args.decay)  # fmt: skip
     tokenizer_file = args.out / "tokenizer.json"
     if not tokenizer_file.exists():
-        from itertools import islice
-
-        from upwell.nano.generate import examples
-        from upwell.nano.tokenizer import train_tokenizer
-
         train_domains, _ = split_domains(load_domains())
-        train_tokenizer(e.prompt for e in islice(examples(recipe.seed, train_domains), 20_000)).save(str(tokenizer_file))
-    mp.spawn(train, (recipe, args.out, args.init), nprocs=recipe.ranks)  # type: ignore[no-untyped-call]
+        prompts = (example.prompt for example in islice(examples(recipe.seed, train_domains), 20_000))
+        train_tokenizer(prompts).save(str(tokenizer_file))
+    spawn(train, (recipe, args.out, args.init), nprocs=recipe.ranks)
 
 
 if __name__ == "__main__":

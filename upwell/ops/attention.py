@@ -92,7 +92,7 @@ def _attend_selected(q: Tensor, keys: Tensor, hidden: Tensor, entries: Tensor, p
 
 
 def attend_step(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> Tensor:
-    """Decode: one query a sequence over its own gathered keys. q [B, H, d], keys [B, N, d], valid [B, N] -> [B, H, d]."""
+    """Decode: one query a sequence over its own keys. q [B, H, d], keys [B, N, d], valid [B, N] -> [B, H, d]."""
     scores = torch.matmul(q.float(), keys.float().transpose(1, 2)) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~valid.unsqueeze(1), float("-inf"))
     probs = softmax_with_sink(scores.unsqueeze(1), sink).squeeze(1)

@@ -14,7 +14,9 @@ def pool_windows(kv: Tensor, gate: Tensor) -> Tensor:
     return (kv.float() * gate.float().softmax(dim=-2)).sum(dim=-2)
 
 
-def overlap_windows(kv: Tensor, gate: Tensor, prior_kv: Tensor | None, prior_gate: Tensor | None) -> tuple[Tensor, Tensor]:
+def overlap_windows(
+    kv: Tensor, gate: Tensor, prior_kv: Tensor | None, prior_gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """CSA's slots: the a half of the window before, then the b half of the own one.
 
     kv, gate [B, n, m, 2d] with the position bias already in gate; prior_* [B, m, d] is the a half of the window

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upwell.ops import _native_tmp as native
+from upwell.ops import native
 
 
 def usable(streams: Tensor) -> bool:
@@ -21,8 +21,12 @@ def usable(streams: Tensor) -> bool:
     return native.library() is not None and streams.device.type == "cpu" and streams.dtype == torch.float32
 
 
+def _function(name: str) -> Any:
+    return getattr(native.library(), name)
+
+
 def _call(name: str, tokens: int, tensors: tuple[Tensor, ...], *rest: int | float) -> None:
-    function = getattr(native.library(), name)
+    function = _function(name)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     scalars = [ctypes.c_float(v) if isinstance(v, float) else ctypes.c_int(v) for v in rest[2:]]
     h, dim = ctypes.c_int(int(rest[0])), ctypes.c_int64(int(rest[1]))
@@ -33,7 +37,7 @@ def _call(name: str, tokens: int, tensors: tuple[Tensor, ...], *rest: int | floa
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, dot: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, h, dim = x.shape
@@ -47,12 +51,12 @@ class _Enter(torch.autograd.Function):
         return u, post, comb
 
     @staticmethod
-    def backward(ctx: Any, grad_u: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_u: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:
         x, dot, base, scale, inverse_rms = ctx.saved_tensors
         tokens, h, dim = x.shape
         grad_x, grad_dot = torch.empty_like(x), torch.empty_like(dot)
         partial_base, partial_scale = x.new_zeros(64, base.numel()), x.new_zeros(64, 3)
-        function = native.library().upwell_hc_enter_backward
+        function = _function("upwell_hc_enter_backward")
         grads = [g.contiguous() for g in (grad_u, grad_post, grad_comb)]
         slots = iter(range(64))
 
@@ -60,8 +64,9 @@ class _Enter(torch.autograd.Function):
             slot = next(slots)
             tensors = (x, dot, base, scale, inverse_rms, *grads, grad_x, grad_dot,
                        partial_base[slot], partial_scale[slot])  # fmt: skip
-            function(*[ctypes.c_void_p(t.data_ptr()) for t in tensors], ctypes.c_int64(begin), ctypes.c_int64(end),
-                     ctypes.c_int(h), ctypes.c_int64(dim), ctypes.c_int(ctx.iterations), ctypes.c_float(ctx.eps))  # fmt: skip
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+            shape = (ctypes.c_int64(begin), ctypes.c_int64(end), ctypes.c_int(h), ctypes.c_int64(dim))
+            function(*pointers, *shape, ctypes.c_int(ctx.iterations), ctypes.c_float(ctx.eps))
 
         native.parallel_ranges(tokens, run)
         return grad_x, grad_dot, partial_base.sum(0), partial_scale.sum(0), None, None, None
@@ -69,7 +74,7 @@ class _Enter(torch.autograd.Function):
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         tokens, h, dim = x.shape
         saved = tuple(t.contiguous() for t in (x, y, post, comb))
         out = torch.empty_like(saved[0])
@@ -78,7 +83,7 @@ class _Leave(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         saved = ctx.saved_tensors
         tokens, h, dim = saved[0].shape
         grads = tuple(torch.empty_like(t) for t in saved)

@@ -68,7 +68,7 @@ class ConditionSampler:
     def cond(self, avoid: tuple[int, ...] = ()) -> Cond | None:
         rng, columns = self.rng, self.table.columns
         kinds = ("cat", "num", "date", "year", "flag", "text", "key", "null")
-        kind = rng.choices(kinds, (40, 24, 25, 14, 13, 4, 4, 9))[0]
+        kind = rng.choices(kinds, (36, 27, 27, 13, 18, 4, 5, 13))[0]
         if kind == "null":
             pool = [i for i in self.any if columns[i].nulls and not columns[i].opaque]
         elif kind == "cat":

@@ -10,9 +10,9 @@ from upwell.nano.generate.conditions import ConditionSampler, nice
 # Percent of the table questions; `intent` renormalises over the forms the table allows.
 FORMS: dict[str, float] = {
     "count": 16, "scalar": 12, "superlative": 11, "top_rows": 6, "group": 13, "group_sorted": 2.8,
-    "group_best": 6, "group_top": 3, "attribute": 10, "filter": 12, "show_sorted": 2.6, "share": 4.2,
-    "share_sum": 3.6, "rate": 3.8, "breakdown": 3.4, "having": 4.6, "list": 4, "distinct": 3.4,
-    "compare": 5.6, "two_dims": 4.6, "time": 7, "time_best": 1.8, "multi": 3, "multi_group": 2.4,
+    "group_best": 6, "group_top": 3, "attribute": 10, "filter": 15, "show_sorted": 2.6, "share": 6,
+    "share_sum": 3.6, "rate": 4.6, "breakdown": 3.4, "having": 4.6, "list": 6, "distinct": 5.5,
+    "compare": 5.6, "two_dims": 4.6, "time": 8, "time_best": 1.8, "multi": 3, "multi_group": 2.4,
     "superlative_attribute": 4, "compare_best": 1,
 }  # fmt: skip
 

@@ -309,6 +309,7 @@ class RowSentences(Sentences):
             if self.rng.random() < 0.25:
                 return f"which {names} do {self.rows(q.where)} have"
             return self.pick(f"which {names} are there {self.pick('among', 'for')} {self.rows(q.where)}", f"list the {kind or 'different'} {names} of {self.rows(q.where)}", f"{kind or 'unique'} {names} of {self.rows(q.where)}", f"what {names} are found among {self.rows(q.where)}",
+                             f"{names} of {self.rows(q.where)}", f"which {names} have the {self.rows(q.where)}", f"{names} for {self.rows(q.where)}",
                              f"distinct {names} for {self.rows(q.where)}", f"in which {names} are there {self.rows(q.where)}", f"what are the different {names} among {self.rows(q.where)}", f"which {names} have {self.rows(q.where)}")  # fmt: skip
         return self.pick(f"what are the {kind} {names}", f"what {names} are there", f"which {names} are there", f"list all {kind} {names}", f"list the {kind} {names}", f"show {kind} {names}", f"show all {names}", f"which {kind} {names} do we have", f"{kind or 'distinct'} {names}",
                          f"what {kind} {names} exist", f"what kinds of {name} are there", f"what {name} values are there", f"give me all {kind} {names}", f"which {names} appear in the data", f"all {names}", f"name all the {names}", f"tell me the {kind} {names}",

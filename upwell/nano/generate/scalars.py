@@ -159,10 +159,11 @@ class ScalarSentences(Sentences):
             if self.rng.random() < 0.2:
                 return f"how many {kind} {names} do the {self.rows(q.where)} have"
             return f"{core} {self.pick('among', 'for', 'among the', 'for the', 'across')} {self.rows(q.where)}"
-        bare = self.columns[m.column].kind == "cat" and self.rng.random() < 0.15
+        bare = self.columns[m.column].kind == "cat" and self.rng.random() < 0.45
         k = "" if bare else kind
         return self.pick(f"how many {k} {names} are there", f"how many {k} {names} are there", f"how many {k} {names} do we have", f"how many {k} {names} are in the data",
-                         f"how many {k} {names} occur" if bare else f"number of {k} {names}", f"count the {kind} {names}", f"how many {kind} {names}", f"count {kind} {names}",
+                         f"how many {k} {names} {self.pick('occur', 'are covered', 'are listed', 'appear')}" if bare else f"number of {k} {names}",
+                         f"how many {k} {names}", f"number of {k} {names}", f"count the {kind} {names}", f"how many {kind} {names}", f"count {kind} {names}",
                          f"{kind} {names} count", f"what is the number of {kind} {names}", f"how many {kind} {names} appear", f"number of {kind} {names}",
                          f"how many kinds of {self.p.column(m.column)} are there", f"distinct count of {names}")  # fmt: skip
 
