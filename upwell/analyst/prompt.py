@@ -14,6 +14,7 @@ _KINDS = tuple(f"<{kind.value}>" for kind in ColumnKind)
 # `<year>` is both a column's kind and a plan's word: one token.
 SPECIAL_TOKENS: tuple[str, ...] = tuple(dict.fromkeys((*PLAN_TOKENS, *_KINDS, "<~>", "<schema>", "<ask>", "<plan>")))
 _SAMPLED = {ColumnKind.KEY: 2, ColumnKind.TEXT: 2, ColumnKind.CAT: 3, ColumnKind.FLAG: 2}
+_ROLES = (ColumnKind.KEY, ColumnKind.DATE, ColumnKind.YEAR)
 _TAG = re.compile(r"<(?=[a-z~/])", re.IGNORECASE)
 
 
@@ -43,8 +44,19 @@ def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence
             parts += _render_mark(mark, place)
             if mark.kind == "N" and linked.slots.numbers[mark.index].year:
                 parts.append("<year>")  # it may also be a period, for conditions on dates
+    parts += _roles(profile, order)
     parts.append("<plan>")
     return " ".join(part for part in parts if part)
+
+
+def _roles(profile: TableProfile, order: Sequence[int]) -> list[str]:
+    """The columns that name rows or place them in time, once more, just before the plan: most plans need one."""
+    parts = []
+    for kind in _ROLES:
+        places = [k for k, c in enumerate(order) if profile.columns[c].kind is kind]
+        for k in places[:2]:
+            parts += [f"<{kind.value}>", f"<C{k}>"]
+    return parts
 
 
 def _render_mark(mark: Mark, place: dict[int, int]) -> list[str]:
