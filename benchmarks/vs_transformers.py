@@ -4,7 +4,8 @@
 
 Six layers [0, 4, 128, 4, 128, 4], hidden 256, 16.6 M parameters, FP32, 2 threads. Transformers runs in its best
 configuration: malloc tuned (both sides), chunked prefill where that is faster, the faster of its expert paths, logits
-of the last token only. Runs alternate, A B A B; medians and spreads are printed, and the ratio of medians.
+of the last token only. Runs alternate, A B A B; medians and spreads are printed, and the ratio of medians. A default
+run takes minutes; --quick leaves out 8,192 tokens, 16k and full batches of training. Nothing is written but OUT.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages where the kernel has them
 }
 GEOMETRY: dict[str, Any] = dict(
     vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=16, head_dim=64, qk_rope_head_dim=32,
-    q_lora_rank=64, o_lora_rank=64, o_groups=4, sliding_window=128, index_n_heads=8, index_head_dim=32, index_topk=128,
+    q_lora_rank=64, o_lora_rank=64, o_groups=4, sliding_window=128, index_n_heads=16, index_head_dim=32, index_topk=128,
     n_routed_experts=20, num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=1, routed_scaling_factor=1.5,
     swiglu_limit=10.0, compress_ratios=[0, 4, 128, 4, 128, 4],
 )  # fmt: skip
@@ -92,6 +94,14 @@ class Ours:
         streams = self.model.streams(ids, cache, step)
         return self.model.logits(streams.view(batch, count, *streams.shape[1:])[:, -1])
 
+    def step(self, ids: Any) -> tuple[Any, Any]:
+        """A new cache, and the step that puts all of ids [B, S] into it."""
+        from upwell.model import Step
+
+        batch, count = ids.shape
+        cache = self.cache(batch, count)
+        return cache, Step(list(range(batch)), [0] * batch, [count] * batch, self.tables)
+
     def prefill(self, ids: Any) -> Any:
         cache = self.cache(ids.shape[0], ids.shape[1])
         chunk = 2048
@@ -150,11 +160,11 @@ class Theirs:
 
     def tune(self, name: str, run: Callable[[], Any], experts: tuple[str, ...], chunks: tuple[int, ...]) -> None:
         """Keep the fastest of the settings for what comes next, and say so."""
+        run()
         best = None
         for implementation in experts:
             for chunk in chunks:
                 self.model.config._experts_implementation, self.chunk = implementation, chunk
-                run()
                 begin = time.perf_counter()
                 run()
                 cost = time.perf_counter() - begin
@@ -165,11 +175,14 @@ class Theirs:
         print(f"  transformers at its best for {name}: experts {best[1]}, chunk {best[2]}", flush=True)
 
 
-def interleave(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of a and b, alternating, after one warm-up of each."""
+def interleave(
+    a: Callable[[], Any], b: Callable[[], Any], rounds: int, budget: float
+) -> tuple[list[float], list[float]]:
+    """Seconds of a and b, alternating, after a warm-up of each: `rounds`, or fewer when `budget` seconds are spent."""
     times: tuple[list[float], list[float]] = ([], [])
+    started = time.perf_counter()
     a(), b()
-    for _ in range(rounds):
+    while len(times[0]) < rounds and (not times[0] or time.perf_counter() - started < budget):
         for run, kept in ((a, times[0]), (b, times[1])):
             begin = time.perf_counter()
             run()
@@ -197,23 +210,29 @@ class Report:
         print(f"{name:14s} ours {spread(ours)}  transformers {spread(theirs)}  {row['ratio']:.2f}x{bar}", flush=True)
 
 
-def check(ours: Ours, theirs: Theirs, ids: Any) -> float:
-    """Largest difference of the logits over their scale, by prefill and by full forward.
+def check(ours: Ours, theirs: Theirs, ids: Any) -> str:
+    """Compare logits [S, V] over their scale, by full forward and by prefill through the cache.
 
-    Up to index_topk entries, where no near-tie of the selection can make two right answers differ.
+    Every position agrees while all entries are taken. Beyond index_topk entries, the indexer's scores at the cut can
+    lie within rounding of each other, and then two right answers differ: there 99 of 100 positions must agree.
     """
     import torch
 
-    full = theirs.model(ids, use_cache=False).logits
+    taken = GEOMETRY["index_topk"] * 4
+    full = theirs.model(ids, use_cache=False).logits[0]
     scale = full.abs().max()
-    difference = max(
-        float((ours.model(ids) - full).abs().max() / scale),
-        float((ours.prefill(ids) - full[:, -1]).abs().max() / scale),
-    )
-    torch.set_grad_enabled(False)
-    if difference > 1e-4:
-        raise SystemExit(f"logits differ by {difference:.1e} of their scale: not the same model, no comparison")
-    return difference
+
+    step = ours.step(ids)
+    mine = ours.model(ids)[0], ours.model(ids, *step)[0]
+    off = torch.stack([(logits - full).abs().amax(-1) / scale for logits in mine])
+    before, after = float(off[:, :taken].max()), off[:, taken:]
+    share = float((after <= 1e-4).float().mean())
+    if not (before <= 1e-4 and share >= 0.99):
+        raise SystemExit(
+            f"logits differ by {before:.1e} of their scale, {share:.1%} agree under selection: "
+            "not the same model, no comparison"
+        )
+    return f"{before:.1e} of their scale; under selection {share:.1%} of positions, median {float(after.median()):.1e}"
 
 
 def training(model_logits: Callable[[Any], Any], model: Any, ids: Any) -> Callable[[], None]:
@@ -285,20 +304,20 @@ def main() -> None:
                "python": platform.python_version(), "kernels": native.describe()}  # fmt: skip
     print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, FP32", flush=True)
     ids = torch.randint(0, GEOMETRY["vocab_size"], (8, 16384), generator=torch.Generator().manual_seed(1))
-    print(f"logits agree to {check(ours, theirs, ids[:1, :512]):.1e} of their scale", flush=True)
-    report, rounds = Report(), 3 if args.quick else 7
+    print(f"logits agree to {check(ours, theirs, ids[:1, :1024])}", flush=True)
+    report, rounds, budget = Report(), 3 if args.quick else 7, 5.0 if args.quick else 25.0
     extra: dict[str, Any] = {}
     if args.only in (None, "prefill"):
-        for n in (512, 2048, 8192):
+        for n in (512, 2048) if args.quick else (512, 2048, 8192):
             part = ids[:1, :n]
-            chunks = tuple(c for c in (256, 512, 1024) if c < n) + ((n,) if n <= 2048 else ())
+            chunks = (512,) if args.quick else tuple(c for c in (256, 512, 1024, 2048) if c <= n)
             probe = ids[:1, : min(n, 2048)]
             theirs.tune(f"prefill {n}", lambda probe=probe: theirs.prefill(probe), ("eager", "grouped_mm"), chunks)
-            few = min(rounds, 3) if n > 4096 else rounds
             times = interleave(
-                lambda part=part: ours.prefill(part), lambda part=part: theirs.prefill(part), few
+                lambda part=part: ours.prefill(part), lambda part=part: theirs.prefill(part), rounds, budget
             )
             report.add(f"prefill {n}", n, *times)
+    if args.only in (None, "prefill") and not args.quick:
         done = subprocess.run(
             [sys.executable, __file__, "--long-prefill"], capture_output=True, text=True, check=True, env=os.environ
         )
@@ -314,14 +333,16 @@ def main() -> None:
             theirs.tune(
                 f"decode x{batch}", theirs.decode(context, 4), ("eager", "grouped_mm", "batched_mm"), (512,)
             )
-            times = interleave(ours.decode(context, steps), theirs.decode(context, steps), rounds)
+            times = interleave(ours.decode(context, steps), theirs.decode(context, steps), rounds, budget)
             report.add(f"decode x{batch}", batch * steps, *times)
     if args.only in (None, "train"):
-        batch_ids = ids[:, :512]
+        batch = 1 if args.quick else 8
+        batch_ids = ids[:batch, :512]
         run_theirs = training(theirs.train_logits, theirs_model, batch_ids)
         theirs.tune("training", run_theirs, ("eager", "grouped_mm"), (512,))
-        times = interleave(training(ours.train_logits, ours_model, batch_ids), run_theirs, 2 if args.quick else 5)
-        report.add("train 8x512", 8 * 512, *times)
+        run_ours = training(ours.train_logits, ours_model, batch_ids)
+        times = interleave(run_ours, run_theirs, min(rounds, 5), 2 * budget)
+        report.add(f"train {batch}x512", batch * 512, *times)
     if args.json is not None:
         result = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": machine, "parameters": parameters,
                   "geometry": GEOMETRY, "rows": report.rows, "long_prefill": extra}  # fmt: skip

@@ -3,3 +3,6 @@
 #include "attention.h"
 #include "mixing.h"
 #include "forward.h"
+#include "training_rows.h"
+#include "training_attention.h"
+#include "training_streams.h"

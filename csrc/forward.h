@@ -228,7 +228,7 @@ struct Forward {
 
   int64_t visible(const Layer& l, int64_t t) { return l.ratio ? (position(t) + 1) / l.ratio : 0; }
 
-  // picks[t] = count, then the indices; only for tokens that see more entries than the top-k.
+  // picks[t]: the indices in no order; only for tokens that see more entries than the top-k.
   void choose(const Layer& l, const LayerCache& c) {
     int64_t total = 0;
     for (int64_t s = 0; s < call.sequence_count; ++s) total += (call.sequences[s].length + 7) / 8;
@@ -477,6 +477,7 @@ static void forward_body(Worker& w, void* argument) {
   w.barrier();
   for (int64_t i = 0; i < call.layer_count; ++i) {
     const Layer& l = call.layers[i];
+    if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * call.model->index_topk;
     f.enter(l.mix_attn, l.attn_norm);
     f.attention(l, call.caches[i]);
     f.enter(l.mix_ffn, l.ffn_norm);

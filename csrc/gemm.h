@@ -3,6 +3,7 @@
 
 constexpr int kTile = 2 * kLanes;  // weight rows a packed tile holds
 constexpr int kFewRows = 8;
+constexpr int kAhead = 2048;  // floats: rows are short, and the hardware's prefetcher starts anew with each
 
 INLINE float ue8m0(uint8_t code) {
   uint32_t bits = code == 0 ? 1u << 22 : code == 255 ? 0x7fc00000u : uint32_t(code) << 23;
@@ -77,6 +78,7 @@ INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t
     Vec xs[C];
     for (int c = 0; c < C; ++c) xs[c] = load(x + c * ldx + i);
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(w[r] + i + kAhead);
       Vec v = load(w[r] + i);
       for (int c = 0; c < C; ++c) acc[r][c] += v * xs[c];
     }
@@ -86,8 +88,11 @@ INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t
       Vec v = load_part(w[r] + i, int(n - i));
       for (int c = 0; c < C; ++c) acc[r][c] += v * load_part(x + c * ldx + i, int(n - i));
     }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[c * ldo + r] = sum_lanes(acc[r][c]);
+  for (int c = 0; c < C; ++c) {
+    if constexpr (R == 4) sum_four(acc[0][c], acc[1][c], acc[2][c], acc[3][c], out + c * ldo);
+    else
+      for (int r = 0; r < R; ++r) out[c * ldo + r] = sum_lanes(acc[r][c]);
+  }
 }
 
 template <int R>

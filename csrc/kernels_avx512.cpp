@@ -1,4 +1,5 @@
 #include "kernels.h"
+#include "training.h"
 #if defined(__x86_64__)
 // After the standard headers: their inline functions must stay runnable everywhere.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")

@@ -66,6 +66,7 @@ struct Call {
   float* streams;  // [tokens, h, D], in place
   float* workspace;
   int64_t workspace_floats;
+  int32_t* picks;  // null, or [layers, tokens, topk] for the indexer's selections (tests)
 };
 
 struct HeadCall {  // hyper head, norm, output head: streams [tokens, h, D] -> logits [tokens, V]

@@ -38,6 +38,46 @@ INLINE float sum_lanes(Vec v) {
   return (b[0] + b[1]) + (b[2] + b[3]);
 }
 
+// The lane sums of a, b, c, d, into out[0..3]: a transposition that adds, cheaper than four sum_lanes.
+INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float* out) {
+#if VECTOR_BYTES == 64
+#define UPWELL_LOW32 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define UPWELL_HIGH32 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define UPWELL_LOW64 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define UPWELL_HIGH64 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#elif VECTOR_BYTES == 32
+#define UPWELL_LOW32 0, 8, 1, 9, 4, 12, 5, 13
+#define UPWELL_HIGH32 2, 10, 3, 11, 6, 14, 7, 15
+#define UPWELL_LOW64 0, 1, 8, 9, 4, 5, 12, 13
+#define UPWELL_HIGH64 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define UPWELL_LOW32 0, 4, 1, 5
+#define UPWELL_HIGH32 2, 6, 3, 7
+#define UPWELL_LOW64 0, 1, 4, 5
+#define UPWELL_HIGH64 2, 3, 6, 7
+#endif
+  const Vec ab = __builtin_shufflevector(a, b, UPWELL_LOW32) + __builtin_shufflevector(a, b, UPWELL_HIGH32);
+  const Vec cd = __builtin_shufflevector(c, d, UPWELL_LOW32) + __builtin_shufflevector(c, d, UPWELL_HIGH32);
+  const Vec s = __builtin_shufflevector(ab, cd, UPWELL_LOW64) + __builtin_shufflevector(ab, cd, UPWELL_HIGH64);
+#undef UPWELL_LOW32
+#undef UPWELL_HIGH32
+#undef UPWELL_LOW64
+#undef UPWELL_HIGH64
+  typedef float V4 __attribute__((vector_size(16)));
+  typedef float V4U __attribute__((vector_size(16), aligned(4), may_alias));
+#if VECTOR_BYTES == 64
+  typedef float V8 __attribute__((vector_size(32)));
+  const V8 half = __builtin_shufflevector(s, s, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(s, s, 8, 9, 10, 11, 12, 13, 14, 15);
+  const V4 sums = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif VECTOR_BYTES == 32
+  const V4 sums = __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
+#else
+  const V4 sums = s;
+#endif
+  *reinterpret_cast<V4U*>(out) = sums;
+}
+
 // exp to about 1 ulp; exact at -inf (0), +inf and NaN.
 INLINE Vec exp_vec(Vec x) {
   const Vec magic = splat(12582912.0f);

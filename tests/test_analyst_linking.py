@@ -254,7 +254,7 @@ def test_prompt_shows_places_not_columns() -> None:
     order = [4, 2, 0]
     prompt = render_prompt(TABLE, linked, order)
     assert prompt.startswith("<schema> boats <C0> <cat> country : japan | italy | united states <C1> <num> horsepower")
-    assert prompt.endswith("<ask> average horsepower <C1> of boats from japan <V0> <C0> <plan>")
+    assert prompt.endswith("<ask> average horsepower <C1> of boats from japan <V0> <C0> <key> <C2> <plan>")
 
 
 def test_prompt_text_never_holds_special_tokens() -> None:

@@ -1,15 +1,29 @@
-"""Training's autograd nodes against autograd through the plain definitions, in FP32 and under BF16 autocast."""
+"""Training's autograd nodes against autograd through the plain definitions, in FP32 and under BF16 autocast.
+
+Each node that has C++ kernels is checked in plain PyTorch and with every instruction set.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from tiny_v4 import build_model
 from torch import Tensor
 
-from upwell.ops import attention, attention_autograd, gradients, moe, moe_autograd, norm_autograd, rope_autograd
+from upwell.ops import (
+    attention,
+    attention_autograd,
+    attention_native,
+    gradients,
+    moe,
+    moe_autograd,
+    native,
+    norm_autograd,
+    rope_autograd,
+    training_kernels,
+)
 from upwell.ops.norm import rms_norm
 from upwell.ops.rope import apply_rope, rope_angles
 
@@ -20,6 +34,20 @@ Node = Callable[..., Tensor]
 def plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """In these tests the operations of upwell.ops stay what they are defined as; nodes are called by name."""
     monkeypatch.setattr(gradients, "recording", lambda *_tensors: False)
+
+
+@pytest.fixture(params=["plain", *native.ISAS])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Plain PyTorch, or the kernels of one instruction set (the CPU's best in place of one that it lacks)."""
+    library = native.library()
+    if request.param == "plain" or library is None:
+        monkeypatch.setattr(training_kernels, "usable", lambda *_tensors: False)
+        yield "plain"
+        return
+    before = library.upwell_isa().decode()
+    native.set_isa(request.param)
+    yield library.upwell_isa().decode()
+    assert native.set_isa(before)
 
 
 def derive(node: Node, inputs: list[Tensor], bf16: bool) -> list[Tensor]:
@@ -64,10 +92,61 @@ def test_attention_matches_the_definition(steps: int, window: int, ratio: int, b
     assert_same(ours, plain, inputs, bf16)
 
 
+@pytest.mark.parametrize(
+    ("steps", "window", "ratio", "heads", "dim", "rope"),
+    [
+        (1, 8, 4, 3, 24, 8),
+        (3, 8, 0, 3, 24, 8),
+        (31, 64, 4, 5, 20, 6),
+        (33, 8, 4, 3, 24, 8),
+        (70, 16, 0, 4, 16, 16),
+        (97, 128, 128, 7, 64, 32),
+        (300, 64, 128, 16, 64, 32),
+        (161, 32, 4, 70, 40, 12),
+        (300, 128, 4, 2, 37, 10),
+    ],
+)
+def test_raw_attention_matches_the_definition(
+    steps: int, window: int, ratio: int, heads: int, dim: int, rope: int, kernels: str
+) -> None:
+    """From raw queries to rotated-back outputs, with the tokens of 2 sequences in 1 range and cut across them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, steps, heads, dim), (2, steps, dim), (heads,)]
+    if ratio:
+        shapes.insert(2, (2, steps // ratio, dim))
+    inputs = [torch.randn(s, generator=generator) for s in shapes]
+    cos, sin = rope_angles(torch.arange(steps).unsqueeze(0), torch.rand(rope // 2, generator=generator))
+
+    def plain(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
+        q = apply_rope(rms_norm(q, None, 1e-6), cos.unsqueeze(-2), sin.unsqueeze(-2))
+        out = attention.attend(q, kv, rest[0] if ratio else None, rest[-1], 0, window, ratio)
+        return apply_rope(out, cos.unsqueeze(-2), sin.unsqueeze(-2), inverse=True)
+
+    def ours(q: Tensor, kv: Tensor, *rest: Tensor) -> Tensor:
+        entries = rest[0] if ratio else None
+        return attention_native.attend_raw(q, kv, entries, rest[-1], cos, sin, 1e-6, window, ratio)
+
+    if kernels == "plain":
+        assert not attention_native.usable(*inputs[:2], None)
+        return
+    assert_same(ours, plain, inputs, False)
+    whole = derive(ours, inputs, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "parallel_ranges", _three_ranges)
+        for a, b in zip(derive(ours, inputs, False), whole, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def _three_ranges(n: int, run: Callable[[int, int], None]) -> None:
+    for i in (2, 0, 1):
+        run(n * i // 3, n * (i + 1) // 3)
+
+
+@pytest.mark.parametrize("dim", [40, 64, 7])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_rms_norm_matches_the_definition(weighted: bool) -> None:
-    x = torch.randn(3, 5, 2, 40, generator=torch.Generator().manual_seed(0)) * 3
-    inputs = [x, torch.rand(40) + 0.5] if weighted else [x]
+def test_rms_norm_matches_the_definition(weighted: bool, dim: int, kernels: str) -> None:
+    x = torch.randn(3, 5, 2, dim, generator=torch.Generator().manual_seed(0)) * 3
+    inputs = [x, torch.rand(dim) + 0.5] if weighted else [x]
 
     def call(function: Node) -> Node:
         return lambda x, weight=None: function(x, weight, 1e-6)
@@ -94,7 +173,7 @@ def test_rope_matches_the_definition(inverse: bool) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("limit", [0.5, 10.0])
-def test_experts_match_the_definition(limit: float, bf16: bool) -> None:
+def test_experts_match_the_definition(limit: float, bf16: bool, kernels: str) -> None:
     generator = torch.Generator().manual_seed(0)
     n, tokens, k, dim, inter = 7, 50, 3, 24, 20
     # Expert 2 gets no token.
@@ -119,9 +198,9 @@ def test_experts_match_the_definition(limit: float, bf16: bool) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.5, 10.0])
-def test_swiglu_matches_the_definition(limit: float) -> None:
+def test_swiglu_matches_the_definition(limit: float, kernels: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(30, 16, generator=generator) for _ in range(2)]
+    inputs = [torch.randn(2, 15, 21, generator=generator) for _ in range(2)]
     assert_same(lambda g, u: moe_autograd.swiglu(g, u, limit), lambda g, u: moe.swiglu(g, u, limit), inputs, False)
 
 

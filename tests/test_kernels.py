@@ -14,7 +14,7 @@ from torch import Tensor
 from upwell.config import ModelConfig
 from upwell.formats.fp4 import quantize_fp4
 from upwell.formats.fp8 import quantize_fp8
-from upwell.model import KVCache, Step, Transformer, compiled
+from upwell.model import KVCache, Step, Transformer, compiled, indexer
 from upwell.model.init import init_weights
 from upwell.ops import native
 
@@ -189,3 +189,63 @@ def test_ragged_batch_equals_each_alone() -> None:
     for b, n in enumerate(lengths):
         alone, _ = outputs(model, ids[b : b + 1, :n], [n])
         assert (together[b, :n] - alone[0]).abs().max() <= 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("cuts", [[120], [50, 1, 1, 40, 28]])
+@torch.no_grad()
+def test_selected_index_sets_equal_plain(isa: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(BASE, compress_ratios=(4, 4), num_hidden_layers=2, index_n_heads=16)
+    model = random_model(config, 8)
+    ids = torch.randint(0, 64, (1, sum(cuts)), generator=torch.Generator().manual_seed(9))
+    topk = config.index_topk
+    native_picks: list[Tensor] = []
+    plain_picks: list[Tensor] = []  # of each layer of each call, [S, topk]
+    make_call, choose = native.Call, indexer.select_entries
+
+    def call_with_picks(*fields: object) -> native.Call:
+        call = make_call(*fields)
+        native_picks.append(torch.full((call.layer_count, call.tokens, topk), -1, dtype=torch.int32))
+        call.picks = native_picks[-1].data_ptr()
+        return call
+
+    def keep(scores: Tensor, visible: Tensor, k: int) -> Tensor:
+        picks = choose(scores, visible, k)
+        seen = visible.expand(picks.shape[:2])
+        gap = scores.masked_fill(torch.arange(scores.shape[-1]) >= seen.unsqueeze(-1), float("-inf")).topk(k + 1).values
+        clear = (gap[..., k - 1] - gap[..., k]) > 1e-5 * gap[..., 0].abs()
+        assert clear[seen > k].all()  # no near-tie, so that there is one right answer
+        plain_picks.append(picks.masked_fill((seen <= k).unsqueeze(-1), -1)[0])
+        return picks
+
+    if native.library() is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "Call", call_with_picks)
+            outputs(model, ids, cuts)
+    monkeypatch.setattr(indexer, "select_entries", keep)
+    monkeypatch.setattr(compiled, "plan", lambda model: None)
+    outputs(model, ids, cuts)
+    assert len(plain_picks) == 2 * len(cuts) and all((picks >= 0).any() for picks in plain_picks)
+    for call, picks in enumerate(native_picks):
+        for layer in range(2):
+            assert torch.equal(picks[layer].sort(-1).values.long(), plain_picks[2 * call + layer].sort(-1).values)
+
+
+@torch.no_grad()
+def test_drafts_equal_plain(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(BASE, num_nextn_predict_layers=1)
+    model = random_model(config, 10)
+    ids = torch.randint(0, 64, (2, 41), generator=torch.Generator().manual_seed(11))
+
+    def drafts() -> Tensor:
+        cache, parts = KVCache(config, 2, 2, torch.float32), []
+        for begin, n in ((0, 30), (30, 1), (31, 9)):
+            step = Step([0, 1], [begin] * 2, [n] * 2, [[0], [1]])
+            streams = model.streams(ids[:, begin : begin + n], cache, step)
+            logits, out = model.draft(ids[:, begin + 1 : begin + n + 1], streams, cache, step)
+            parts += [logits.flatten(), out.flatten(), cache.mtp[0].window.flatten()]
+        return torch.cat(parts)
+
+    fast = drafts()
+    monkeypatch.setattr(compiled, "plan", lambda model: None)
+    plain = drafts()
+    assert (fast - plain).abs().max() <= 1e-5 * plain.abs().max()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from upwell.analyst.evidence import support
 from upwell.analyst.grammar import PlanGrammar, State
 from upwell.analyst.linking import link
 from upwell.analyst.plan import Plan, parse_plan
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 Status = Literal["answer", "unsure", "refused"]
 
-SURE = 0.8  # confidence from which a reading counts as sure
+SURE = 0.75  # confidence from which a reading counts as sure
 ORDERS = 4  # column orders a question is asked under
+DRAWS = 3  # further plans drawn in each order, as candidates
 MAX_PLAN_TOKENS = 64
 MAX_QUESTION = 2000  # characters
 
@@ -109,31 +111,43 @@ class Asker:
                       reading.confidence, message)  # fmt: skip
 
     def read(self, profile: TableProfile, linked: LinkedQuestion) -> Reading:
-        """The most probable plan over ORDERS column orders."""
-        from upwell.engine import SamplingParams
-
-        orders = column_orders(profile, linked, ORDERS)
-        tokenizer = self.llm.tokenizer
-        masks = [PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer) for order in orders]
-        prompts = [
-            {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order))} for order in orders
-        ]
-        params = SamplingParams(
-            temperature=0.0, max_tokens=MAX_PLAN_TOKENS, logprobs=0, stop_token_ids=[masks[0].end], ignore_eos=True
-        )
-        outputs = self.llm.generate(prompts, params, token_mask=masks)
-        weights: dict[Plan, float] = {}
-        for output, mask, order in zip(outputs, masks, orders, strict=True):
-            tokens = mask.words(output.token_ids)
-            if not tokens or tokens[-1] != "<end>":
-                continue  # ran past the longest plan: no reading
-            logprob = sum(entry.logprob for entry in output.outputs[0].logprobs or [])
-            plan = _order_free(parse_plan(tokens, order))
-            weights[plan] = weights.get(plan, 0.0) + math.exp(logprob) / len(orders)
+        """The best-supported plan: probability over column orders, weighed by how much of the question it uses."""
+        candidates = self.candidates(profile, linked)
+        weights = {plan: p * support(plan, linked) for plan, p in candidates.items()}
         if not weights:
             return Reading(Plan("noans", reason="missing"), 0.0)
         best = max(weights, key=lambda plan: weights[plan])
         return Reading(best, weights[best])
+
+    def candidates(self, profile: TableProfile, linked: LinkedQuestion) -> dict[Plan, float]:
+        """Plans and their probability, averaged over ORDERS column orders: each order's greedy one and DRAWS draws."""
+        from upwell.engine import SamplingParams
+
+        orders = column_orders(profile, linked, ORDERS)
+        tokenizer = self.llm.tokenizer
+        grammars = [PlanGrammar(profile, linked.slots, order) for order in orders]
+        prompts = [
+            {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order))} for order in orders
+        ]
+        end = tokenizer.id_of("<end>")
+        if end is None:
+            raise InputError("this model's tokenizer has no plan tokens", "questions need upwell-nano")
+        found: dict[tuple[int, Plan], float] = {}  # by order: a plan drawn twice counts once
+        for temperature, n in ((0.0, 1), (1.0, DRAWS)):
+            params = SamplingParams(temperature=temperature, n=n, seed=0, max_tokens=MAX_PLAN_TOKENS, logprobs=0,
+                                    stop_token_ids=[end], ignore_eos=True)  # fmt: skip
+            masks = [PlanMask(grammar, tokenizer) for grammar in grammars]
+            for k, output in enumerate(self.llm.generate(prompts, params, token_mask=masks)):
+                for completion in output.outputs:
+                    tokens = masks[k].words(completion.token_ids)
+                    if not tokens or tokens[-1] != "<end>":
+                        continue  # ran past the longest plan: no reading
+                    plan = _order_free(parse_plan(tokens, orders[k]))
+                    found[k, plan] = math.exp(sum(entry.logprob for entry in completion.logprobs or []))
+        weights: dict[Plan, float] = {}
+        for (_, plan), probability in found.items():
+            weights[plan] = weights.get(plan, 0.0) + probability / len(orders)
+        return weights
 
     def _refuse(self, question: str, profile: TableProfile, linked: LinkedQuestion, reading: Reading) -> Answer:
         plan = reading.plan
@@ -151,24 +165,26 @@ class Asker:
 
 
 class PlanMask:
-    """A token mask over one grammar: the ids that may follow the plan so far."""
+    """A token mask over one grammar: the ids that may follow the plan so far. Completions of one prompt share it."""
 
     def __init__(self, grammar: PlanGrammar, tokenizer: Any) -> None:
         self.grammar = grammar
         self._id_of, self._word_of = tokenizer.id_of, tokenizer.bytes_of
         self.end = self._id_of("<end>")
-        self._state: State = grammar.start()
-        self._seen = 0
-        self._ids: dict[State, list[int]] = {}
+        self._states: dict[tuple[int, ...], State] = {(): grammar.start()}
 
     def __call__(self, generated: Sequence[int]) -> list[int]:
-        for token in generated[self._seen :]:
-            self._state = self.grammar.advance(self._state, self._word(token))
-        self._seen = len(generated)
-        return [self._id_of(word) for word in self.grammar.allowed(self._state)]
+        return [self._id_of(word) for word in self.grammar.allowed(self._state(tuple(generated)))]
 
     def words(self, ids: Sequence[int]) -> list[str]:
+        """The plan's words for token ids."""
         return [self._word(i) for i in ids]
+
+    def _state(self, generated: tuple[int, ...]) -> State:
+        if generated not in self._states:
+            before = self._state(generated[:-1])
+            self._states[generated] = self.grammar.advance(before, self._word(generated[-1]))
+        return self._states[generated]
 
     def _word(self, token: int) -> str:
         word: str = self._word_of(token).decode()

@@ -14,6 +14,7 @@ from upwell.model.cache import LayerCache, Step, Tail
 from upwell.model.compressor import Compressor, fake_fp8_nope
 from upwell.model.indexer import Indexer
 from upwell.model.layers import Linear, RMSNorm
+from upwell.ops import attention_native
 from upwell.ops.attention import attend, attend_step
 from upwell.ops.norm import rms_norm
 from upwell.ops.rope import apply_rope
@@ -50,19 +51,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, step: Step | None = None) -> Tensor:
         q_latent = self.q_norm(self.wq_a(x))
-        q = rms_norm(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), None, self.eps)
-        q = apply_rope(q, rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2))
+        raw_q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
         kv = apply_rope(self.kv_norm(self.wkv(x)), rope.cos, rope.sin)
         if self.official:
             kv = fake_fp8_nope(kv, self.rope_dim)
         if cache is None or step is None:
-            out = self._from_scratch(x, q, q_latent, kv, rope)
-        elif step.is_decode:
+            return self._project_out(self._from_scratch(x, raw_q, q_latent, kv, rope))
+        q = self._turned(raw_q, rope)
+        if step.is_decode:
             out = self._decode(x, q, q_latent, kv, rope, cache, step)
         else:
             out = self._prefill(x, q, q_latent, kv, rope, cache, step)
         out = apply_rope(out, rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2), inverse=True)
         return self._project_out(out)
+
+    def _turned(self, raw_q: Tensor, rope: Rope) -> Tensor:
+        """Queries after the heads' norm and the rotation."""
+        return apply_rope(rms_norm(raw_q, None, self.eps), rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2))
 
     def _project_out(self, out: Tensor) -> Tensor:
         """Grouped low-rank projection: group i sees its own heads only. [B, S, H, d] -> [B, S, D]."""
@@ -72,15 +77,21 @@ class Attention(nn.Module):
         latent = torch.bmm(grouped, wo_a.transpose(1, 2))
         return self.wo_b(latent.transpose(0, 1).reshape(batch, steps, -1))
 
-    def _from_scratch(self, x: Tensor, q: Tensor, q_latent: Tensor, kv: Tensor, rope: Rope) -> Tensor:
-        """Whole sequences from position 0, no cache; differentiable."""
+    def _from_scratch(self, x: Tensor, raw_q: Tensor, q_latent: Tensor, kv: Tensor, rope: Rope) -> Tensor:
+        """Whole sequences from position 0, no cache; differentiable. Outputs are rotated back."""
         entries = selected = None
         if self.compressor is not None:
             entries = self.compressor(x, rope.freqs)
             if self.indexer is not None and entries.shape[1] > self.indexer.topk:
                 keys = self.indexer.compressor(x, rope.freqs)
                 selected = self._select(x, q_latent, keys, rope, 0)
-        return attend(q, kv, entries, self.attn_sink, 0, self.window, self.ratio, selected)
+        if selected is None and attention_native.usable(raw_q, kv, entries):
+            return attention_native.attend_raw(
+                raw_q, kv, entries, self.attn_sink, rope.cos, rope.sin, self.eps, self.window, self.ratio
+            )
+        q = self._turned(raw_q, rope)
+        out = attend(q, kv, entries, self.attn_sink, 0, self.window, self.ratio, selected)
+        return apply_rope(out, rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2), inverse=True)
 
     def _select(self, x: Tensor, q_latent: Tensor, keys: Tensor, rope: Rope, start: int) -> Tensor:
         assert self.indexer is not None

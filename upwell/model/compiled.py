@@ -11,6 +11,7 @@ from array import array
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -43,17 +44,18 @@ class Plan:
     mtp: list[Any]  # an array of one Layer for each MTP block
     head: native.HeadCall
     kept: list[Any]
-    watched: list[tuple[dict[str, Any], str, Any, int]]  # where each tensor came from, and its version if copied
+    owners: list[dict[str, Any]]  # where each tensor came from
+    names: list[str]
+    tensors: list[Any]
+    copied: list[tuple[Tensor, int]]  # those that were copied, with the version they had
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def current(self) -> bool:
         """The model still holds the tensors that the plan points to, and copies are up to date."""
-        return all(
-            owner[name] is tensor and (version < 0 or tensor._version == version)
-            for owner, name, tensor, version in self.watched
-        )
+        same = all(map(is_, map(getitem, self.owners, self.names), self.tensors))
+        return same and all(tensor._version == version for tensor, version in self.copied)
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
@@ -210,7 +212,9 @@ def _make(model: Transformer) -> Plan | None:
         )
     except _Unsupported:
         return None
-    return Plan(shape, layers, mtp, head, build.kept, build.watched)
+    owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
+    copied = [(tensor, version) for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
+    return Plan(shape, layers, mtp, head, build.kept, owners, names, tensors, copied)
 
 
 def _cache_layers(layers: list[LayerCache]) -> Any:

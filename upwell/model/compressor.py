@@ -74,7 +74,7 @@ class Compressor(nn.Module):
         return entries
 
     def step(self, x: Tensor, step: Step, tail: Tail, freqs: Tensor) -> tuple[list[int], Tensor]:
-        """Decode: one token a sequence, x [B, D]. Returns the sequences that complete an entry, and the entries [b, d]."""
+        """Decode: one token a sequence, x [B, D]. Returns who completes an entry, and the entries [b, d]."""
         positions = torch.tensor(step.starts, device=x.device)
         slots = torch.tensor(step.slots, device=x.device)
         kv, gate = self.project(x, positions)

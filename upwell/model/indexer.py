@@ -39,5 +39,5 @@ class Indexer(nn.Module):
         return q, weights
 
     def forward(self, queries: Tensor, weights: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-        """Selected entries [B, S, K], -1 none: queries [B, S, n, c], weights [B, S, n], keys [B, N, c], visible [B, S]."""
+        """Picks [B, S, K], -1 none; queries [B, S, n, c], weights [B, S, n], keys [B, N, c], visible [B, S]."""
         return select_entries(index_scores(queries, keys, weights), visible, self.topk)

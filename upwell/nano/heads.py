@@ -148,7 +148,7 @@ def train_heads(rank: int, out: Path, steps: int, tokens: int, lr: float, ranks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the trunk's run")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=3200)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--ranks", type=int, default=max(1, os.cpu_count() or 1))

@@ -33,7 +33,7 @@ def main() -> None:
     if quantized:
         for axis in (losses, plans):
             axis.axvspan(quantized[0], steps[-1], alpha=0.12, color="gray")
-        plans.text(quantized[0], 4, " FP4/FP8 in view")
+        plans.text(steps[-1], 4, "FP4/FP8 in view", ha="right")
     figure.savefig(args.out, dpi=130)
 
 

@@ -46,12 +46,12 @@ BALANCE_RATE = 2e-2  # step of the router bias (auxiliary-loss-free balancing); 
 class Recipe:
     """What a run is determined by."""
 
-    steps: int = 3000
+    steps: int = 1200
     tokens: int = 3200  # a rank and step
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup: int = 60
-    decay: float = 0.5  # the last part of the steps, over which the rate falls to zero
-    quantize_after: float = 0.6  # from here on the forward pass sees the shipped formats
+    decay: float = 0.66  # the last part of the steps, over which the rate falls to zero
+    quantize_after: float = 0.78  # from here on the forward pass sees the shipped formats
     seed: int = 0
     ranks: int = 2
 

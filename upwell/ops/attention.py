@@ -37,7 +37,7 @@ def attend(
     or None (sliding layer), entry w visible iff w < (t + 1) // ratio; selected [B, S, K] indices into entries with
     -1 for none (None: every visible entry). Returns [B, S, H, d] in q's dtype, before the inverse rotation.
     """
-    batch, steps, heads, dim = q.shape
+    batch, steps, _, dim = q.shape
     prior = window_kv.shape[1] - steps
     if selected is None and start == prior == 0 and gradients.recording(q, window_kv):
         return attention_autograd.attend_whole(q, window_kv, entries, sink, window, ratio)

@@ -1,7 +1,8 @@
 """The routed experts, and SwiGLU, each with its gradient as one node.
 
 Tokens are sorted once; each expert's products go straight into its rows of one buffer, forwards and backwards; kept
-are the sorted rows and what w1 and w3 made of them. Products are in the autocast dtype where one is set.
+are the sorted rows and what w1 and w3 made of them. Products are in the autocast dtype where one is set. SwiGLU in
+FP32 on the CPU is one pass of the C++ kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from upwell.ops import training_kernels
 from upwell.ops.gradients import compute_dtype
 
 
@@ -29,18 +31,63 @@ def _swiglu_backward(gate: Tensor, up: Tensor, limit: float, grad: Tensor) -> tu
     return grad_gate, grad_up, silu.mul_(inner)
 
 
+def _weighted_hidden(inner: Tensor, row_weights: Tensor, limit: float) -> Tensor:
+    """Gate and up side by side, [R, 2I], to hidden values times each row's weight, [R, I], in inner's dtype."""
+    gate, up = inner.chunk(2, dim=-1)
+    if not training_kernels.usable(inner, row_weights):
+        return _swiglu_forward(gate.float(), up.float(), limit).mul_(row_weights).to(inner.dtype)
+    hidden = inner.new_empty(gate.shape)
+    rows, width = gate.shape
+    training_kernels.run("swiglu_forward", rows, gate, up, 2 * width, row_weights, float(limit), hidden, width)
+    return hidden
+
+
+def _weighted_hidden_backward(
+    inner: Tensor, row_weights: Tensor, limit: float, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden values again, and the gradients of inner and of the rows' weights [R] (FP32)."""
+    gate, up = inner.chunk(2, dim=-1)
+    if not training_kernels.usable(inner, row_weights, grad):
+        wide = grad.float()
+        grad_gate, grad_up, value = _swiglu_backward(gate.float(), up.float(), limit, wide)
+        grad_weights = (wide * value).sum(-1)
+        grad_inner = torch.cat((grad_gate, grad_up), dim=-1).mul_(row_weights).to(inner.dtype)
+        return value.mul_(row_weights).to(inner.dtype), grad_inner, grad_weights
+    rows, width = gate.shape
+    hidden, grad_inner, grad_weights = inner.new_empty(gate.shape), torch.empty_like(inner), inner.new_empty(rows)
+    training_kernels.run(
+        "swiglu_backward", rows, gate, up, 2 * width, row_weights, float(limit), grad, *grad_inner.chunk(2, dim=-1),
+        2 * width, hidden, grad_weights, width,
+    )  # fmt: skip
+    return hidden, grad_inner, grad_weights
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(gate, up)
         ctx.limit = limit
-        return _swiglu_forward(gate, up, limit)
+        if not training_kernels.usable(gate, up):
+            ctx.save_for_backward(gate, up)
+            return _swiglu_forward(gate, up, limit)
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out, width = torch.empty_like(gate), gate.shape[-1]
+        rows = gate.numel() // width
+        training_kernels.run("swiglu_forward", rows, gate, up, width, None, float(limit), out, width)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        return *_swiglu_backward(gate, up, ctx.limit, grad)[:2], None
+        if not training_kernels.usable(gate, up, grad):
+            return *_swiglu_backward(gate, up, ctx.limit, grad)[:2], None
+        grad_gate, grad_up, width = torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
+        training_kernels.run(
+            "swiglu_backward", gate.numel() // width, gate, up, width, None, float(ctx.limit), grad.contiguous(),
+            grad_gate, grad_up, width, None, None, width,
+        )  # fmt: skip
+        return grad_gate, grad_up, None
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -66,8 +113,7 @@ class _Experts(torch.autograd.Function):
             inner = rows.new_empty(rows.shape[0], w13.shape[1])
             for e, span in _spans(counts):
                 torch.mm(rows[span], up_weights[e].t(), out=inner[span])
-            gate, up = inner.float().chunk(2, dim=-1)
-            hidden = _swiglu_forward(gate, up, limit).mul_(row_weights).to(dtype)
+            hidden = _weighted_hidden(inner, row_weights, limit)
             outs = rows.new_empty(rows.shape)
             for e, span in _spans(counts):
                 torch.mm(hidden[span], down_weights[e].t(), out=outs[span])
@@ -86,12 +132,8 @@ class _Experts(torch.autograd.Function):
             grad_hidden = rows.new_empty(rows.shape[0], down_weights.shape[2])
             for e, span in _spans(counts):
                 torch.mm(grad_outs[span], down_weights[e], out=grad_hidden[span])
-            wide = grad_hidden.float()
-            gate, up = inner.float().chunk(2, dim=-1)
-            grad_gate, grad_up, value = _swiglu_backward(gate, up, ctx.limit, wide)
-            grad_weights = (wide * value).sum(-1)[back].view(-1, ctx.k)
-            hidden = value.mul_(row_weights).to(dtype)
-            grad_inner = torch.cat((grad_gate, grad_up), dim=-1).mul_(row_weights).to(dtype)
+            hidden, grad_inner, sorted_weights = _weighted_hidden_backward(inner, row_weights, ctx.limit, grad_hidden)
+            grad_weights = sorted_weights[back].view(-1, ctx.k)
             grad_rows = rows.new_empty(rows.shape)
             grad_up_weights, grad_down_weights = torch.empty_like(up_weights), torch.empty_like(down_weights)
             for e, count in enumerate(counts):

@@ -78,7 +78,7 @@ class Call(ctypes.Structure):
         ("model", POINTER(Model)), ("layers", POINTER(Layer)), ("caches", POINTER(LayerCache)),
         ("layer_count", c_int64), ("sequences", POINTER(Sequence)), ("sequence_count", c_int64), ("tokens", c_int64),
         ("block_tokens", c_int64), ("ids", c_void_p), ("streams", c_void_p), ("workspace", c_void_p),
-        ("workspace_floats", c_int64),
+        ("workspace_floats", c_int64), ("picks", c_void_p),
     ]  # fmt: skip
 
 

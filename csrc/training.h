@@ -1,0 +1,99 @@
+// Training's attention, FP32, whole sequences from position 0: what the forward and the backward kernel are given.
+#pragma once
+#include <cstdint>
+
+namespace upwell {
+
+// All tensors contiguous; B sequences of S tokens, H heads of d dims, of which the last r are rotary. The layout is
+// mirrored by ops/attention_native.py.
+struct AttentionTraining {
+  int64_t steps, heads, dim, rope, window, ratio, entry_count;
+  double eps;
+  const float *q;        // [B, S, H, d], before the heads' norm and the rotation
+  const float *kv;       // [B, S, d]
+  const float *entries;  // [B, N, d]; entry w is seen from token (w + 1) * ratio - 1 on
+  const float *sink;     // [H]
+  const float *cos, *sin;  // [B, S, r/2]
+  float *out;              // [B, S, H, d], rotated back
+  float *log_sum;          // [B, S, H]: log of the softmax's sum, the sink's share included
+  // Backward only.
+  const float *grad;  // of out
+  float *grad_q;      // [B, S, H, d]
+};
+
+constexpr int64_t kTrainingLine = 16;  // floats of a cache line, a multiple of every instruction set's lanes
+
+inline int64_t whole_lines(int64_t n) { return (n + kTrainingLine - 1) / kTrainingLine * kTrainingLine; }
+// A row length in an odd number of cache lines: columns spread over all cache sets.
+inline int64_t odd_lines(int64_t n) { return (n + kTrainingLine - 1) / kTrainingLine * kTrainingLine | kTrainingLine; }
+
+// Sizes of the parts that a call is cut into.
+struct AttentionTiling {
+  int64_t window, chunk, tokens, padded_dim, near, near_width, far_width, score_width;
+
+  explicit AttentionTiling(const AttentionTraining& a) {
+    window = a.window < a.steps ? a.window : a.steps;
+    chunk = window < 128 ? 128 : window;            // queries that share one copy of their keys
+    tokens = a.heads < 64 ? 64 / a.heads : 1;       // queries a block: some 64 rows
+    padded_dim = whole_lines(a.dim);
+    near = window - 1 + chunk;
+    near_width = odd_lines(near + kTrainingLine);
+    far_width = odd_lines(a.entry_count + kTrainingLine);
+    score_width = odd_lines(whole_lines(window - 1 + tokens) + whole_lines(a.entry_count));
+  }
+  int64_t workspace_floats(const AttentionTraining& a) const {
+    const int64_t rows = tokens * a.heads, keys = near + a.entry_count;
+    return 2 * keys * padded_dim + a.dim * (near_width + far_width) + 3 * rows * padded_dim +
+           2 * rows * score_width + 2 * tokens * whole_lines(a.rope) + rows + 16 * kTrainingLine;
+  }
+};
+
+// mHC around a sublayer, for one number of streams h. n = (2 + h) h.
+struct StreamKernels {
+  // x [T, h, D]; fn [n, hD] and its transpose [hD, n up to whole lines]; base [n], scale [3]. Makes dots [T, n],
+  // u [T, D], post [T, h], comb [T, h, h], inverse_rms [T].
+  void (*enter_forward)(const float* x, const float* fn, const float* turned, const float* base, const float* scale,
+                        float* dots, float* u, float* post, float* comb, float* inverse_rms, int64_t dim,
+                        int64_t iterations, float eps, float norm_eps, int64_t from, int64_t to, float* workspace);
+  void (*enter_backward)(const float* x, const float* fn, const float* base, const float* scale, const float* dots,
+                         const float* inverse_rms, const float* grad_u, const float* grad_post,
+                         const float* grad_comb, float* grad_x, int64_t dim, int64_t iterations, float eps,
+                         float* grad_fn, float* grad_base, float* grad_scale, int64_t from, int64_t to,
+                         float* workspace);
+  // y [T, D] -> out [T, h, D]
+  void (*leave_forward)(const float* x, const float* y, const float* post, const float* comb, float* out, int64_t dim,
+                        int64_t from, int64_t to);
+  void (*leave_backward)(const float* x, const float* y, const float* post, const float* comb, const float* grad,
+                         float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim, int64_t from,
+                         int64_t to);
+};
+constexpr int64_t kMaxStreams = 4;  // ops/hc_autograd.py knows it too
+
+inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {
+  return 2 * iterations * streams * kTrainingLine;
+}
+
+// Every kernel takes a range of rows, so that the caller can cut the work in parts.
+struct TrainingKernels {
+  void (*attention_forward)(const AttentionTraining&, int64_t from, int64_t to, float* workspace);
+  void (*attention_backward)(const AttentionTraining&, float* grad_kv, float* grad_entries, float* grad_sink,
+                             int64_t from, int64_t to, float* workspace);
+  void (*norm_forward)(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
+                       int64_t from, int64_t to);
+  void (*norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, float* grad_x,
+                        int64_t dim, float* grad_weight, int64_t from, int64_t to);
+  void (*swiglu_forward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
+                         float* out, int64_t dim, int64_t from, int64_t to);
+  void (*swiglu_backward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
+                          const float* grad, float* grad_gate, float* grad_up, int64_t grad_row, float* hidden,
+                          float* grad_weights, int64_t dim, int64_t from, int64_t to);
+  StreamKernels streams[kMaxStreams];  // for 1 .. kMaxStreams streams
+};
+
+namespace baseline { extern const TrainingKernels training; }
+#if defined(__x86_64__)
+namespace avx2 { extern const TrainingKernels training; }
+namespace avx512 { extern const TrainingKernels training; }
+#endif
+
+}  // namespace upwell

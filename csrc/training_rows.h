@@ -1,0 +1,84 @@
+// Training's operations row by row, FP32: RMSNorm and SwiGLU, forward and backward in one pass each.
+// Included in each instruction set's namespace.
+
+// x, out [rows, dim]; weight [dim] or null; scale [rows]: 1 / rms, kept for the backward pass.
+static void train_norm_forward(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
+                               int64_t from, int64_t to) {
+  for (int64_t row = from; row < to; ++row) {
+    const float* in = x + row * dim;
+    const float r = scale[row] = 1.0f / std::sqrt(dot(in, in, dim) / float(dim) + eps);
+    if (weight == nullptr) map(out + row * dim, in, dim, [&](Vec v, int64_t) { return v * r; });
+    else map(out + row * dim, in, dim, [&](Vec v, int64_t i) { return v * r * load_at(weight, i, dim); });
+  }
+}
+
+// grad_weight [dim] is added to (unused without a weight).
+static void train_norm_backward(const float* x, const float* weight, const float* scale, const float* grad,
+                                float* grad_x, int64_t dim, float* grad_weight, int64_t from, int64_t to) {
+  for (int64_t row = from; row < to; ++row) {
+    const float *in = x + row * dim, *g = grad + row * dim;
+    const float r = scale[row];
+    float mean;
+    if (weight == nullptr) {
+      mean = dot(g, in, dim) / float(dim) * r * r;
+      map(grad_x + row * dim, g, dim, [&](Vec v, int64_t i) { return (v - load_at(in, i, dim) * mean) * r; });
+      continue;
+    }
+    Vec sum = zero();
+    map(grad_weight, grad_weight, dim, [&](Vec total, int64_t i) {
+      const Vec product = load_at(g, i, dim) * load_at(in, i, dim);
+      sum += product * load_at(weight, i, dim);
+      return total + product * r;
+    });
+    mean = sum_lanes(sum) / float(dim) * r * r;
+    map(grad_x + row * dim, g, dim, [&](Vec v, int64_t i) {
+      return (v * load_at(weight, i, dim) - load_at(in, i, dim) * mean) * r;
+    });
+  }
+}
+
+INLINE Vec at_most(Vec v, float limit) { return select(v > limit, splat(limit), v); }
+INLINE Vec within(Vec v, float limit) { return select(v < -limit, splat(-limit), at_most(v, limit)); }
+
+// out = silu(min(gate, limit)) * clamp(up, -limit, limit) * weight. Rows of gate and up are `row` floats apart;
+// out [rows, dim]; weights [rows] or null.
+static void train_swiglu_forward(const float* gate, const float* up, int64_t row, const float* weights, float limit,
+                                 float* out, int64_t dim, int64_t from, int64_t to) {
+  for (int64_t t = from; t < to; ++t) {
+    const float weight = weights == nullptr ? 1.0f : weights[t];
+    const float* u = up + t * row;
+    map(out + t * dim, gate + t * row, dim, [&](Vec v, int64_t i) {
+      const Vec g = at_most(v, limit);
+      return g * sigmoid(g) * within(load_at(u, i, dim), limit) * weight;
+    });
+  }
+}
+
+// grad [rows, dim] is the gradient of out. Makes those of gate and up (rows `grad_row` apart) and, with weights, the
+// forward value once more in `hidden` [rows, dim] and the weights' gradient [rows].
+static void train_swiglu_backward(const float* gate, const float* up, int64_t row, const float* weights, float limit,
+                                  const float* grad, float* grad_gate, float* grad_up, int64_t grad_row,
+                                  float* hidden, float* grad_weights, int64_t dim, int64_t from, int64_t to) {
+  for (int64_t t = from; t < to; ++t) {
+    const float weight = weights == nullptr ? 1.0f : weights[t];
+    const float *gates = gate + t * row, *ups = up + t * row, *g = grad + t * dim;
+    float* to_up = grad_up + t * grad_row;
+    Vec sum = zero();
+    map(grad_gate + t * grad_row, gates, dim, [&](Vec raw_gate, int64_t i) {
+      const Vec clipped = at_most(raw_gate, limit), raw_up = load_at(ups, i, dim), inner = within(raw_up, limit);
+      const Vec s = sigmoid(clipped), silu = clipped * s, slope = load_at(g, i, dim) * weight;
+      const int part = dim - i < kLanes ? int(dim - i) : kLanes;
+      const Vec of_up = select((raw_up <= limit) & (raw_up >= -limit), slope * silu, zero());
+      if (part == kLanes) store(to_up + i, of_up);
+      else store_part(to_up + i, of_up, part);
+      if (weights != nullptr) {
+        const Vec value = silu * inner;
+        sum += value * load_at(g, i, dim);
+        if (part == kLanes) store(hidden + t * dim + i, value * weight);
+        else store_part(hidden + t * dim + i, value * weight, part);
+      }
+      return select(raw_gate <= limit, slope * inner * (s + silu * (1.0f - s)), zero());
+    });
+    if (weights != nullptr) grad_weights[t] = sum_lanes(sum);
+  }
+}
