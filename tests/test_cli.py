@@ -113,9 +113,15 @@ def test_errors_are_one_line_with_code_2(
     assert shown.out == ""
 
 
+def _heed_interrupts() -> None:
+    """A job in the background of a shell inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_ends_with_130(tiny: str) -> None:
     command = [sys.executable, "-m", "upwell.cli", "run", "x", "--model", tiny, "--max-tokens", "5000", "--ignore-eos"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                               preexec_fn=_heed_interrupts)  # fmt: skip
     assert process.stdout is not None and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)

@@ -95,7 +95,7 @@ def test_mtp_drafts_far_better_than_chance(asker: Asker, model: Transformer) -> 
 def test_held_out_questions() -> None:
     """On questions and tables that training never saw (benchmarks/questions): when nano is sure, it is right.
 
-    Its overall accuracy is about the keyword-rules control's so far (docs/nano.md), which is surer and more often wrong.
+    Overall it is right about as often as the keyword-rules control so far (docs/nano.md), which errs when it is sure.
     """
     questions = judge.load_questions()
     nano = judge.summarize(list(judge.Judge().verdicts(questions, predictors.nano)))
