@@ -325,8 +325,8 @@ def inventory(rng: random.Random) -> None:
 
 def shipped() -> None:
     """The eight tables from vega_datasets and statsmodels, as pandas writes them."""
-    import statsmodels.datasets as sm  # type: ignore[import-untyped]
-    from vega_datasets import local_data  # type: ignore[import-untyped]
+    import statsmodels.datasets as sm
+    from vega_datasets import local_data
 
     airports = local_data.airports()[::4]
     for column in ("name", "city"):
