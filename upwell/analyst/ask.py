@@ -1,7 +1,8 @@
 """A question about a table, answered: link, ask the model for a plan, compile it, run it, say how it was read.
 
 The model only ever chooses among plans that the grammar allows for this table. It is asked under several column
-orders at once; the plan with the most probability over them wins, and that probability is the confidence.
+orders at once; the plan with the most probability over them, weighed by how much of the question it uses, wins, and
+that weight is the confidence.
 """
 
 from __future__ import annotations
@@ -125,18 +126,17 @@ class Asker:
 
         orders = column_orders(profile, linked, ORDERS)
         tokenizer = self.llm.tokenizer
-        grammars = [PlanGrammar(profile, linked.slots, order) for order in orders]
+        masks = [PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer) for order in orders]
         prompts = [
             {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order))} for order in orders
         ]
-        end = tokenizer.id_of("<end>")
+        end = masks[0].end
         if end is None:
             raise InputError("this model's tokenizer has no plan tokens", "questions need upwell-nano")
         found: dict[tuple[int, Plan], float] = {}  # by order: a plan drawn twice counts once
         for temperature, n in ((0.0, 1), (1.0, DRAWS)):
             params = SamplingParams(temperature=temperature, n=n, seed=0, max_tokens=MAX_PLAN_TOKENS, logprobs=0,
                                     stop_token_ids=[end], ignore_eos=True)  # fmt: skip
-            masks = [PlanMask(grammar, tokenizer) for grammar in grammars]
             for k, output in enumerate(self.llm.generate(prompts, params, token_mask=masks)):
                 for completion in output.outputs:
                     tokens = masks[k].words(completion.token_ids)
