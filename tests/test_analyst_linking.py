@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upwell.analyst.linking import Linker, link
-from upwell.analyst.prompt import SPECIAL_TOKENS, choose_columns, render_prompt
+from upwell.analyst.plan import Plan
+from upwell.analyst.prompt import SPECIAL_TOKENS, render_prompt
+from upwell.analyst.rules import Draft, choose_columns, draft_plan
 from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.words import split_name, stem, within_distance
-from upwell.nano.rules import plan_by_rules
 
 N = 60
 
@@ -245,21 +246,21 @@ def test_any_question_links(question: str) -> None:
     for mark in linked.marks:
         slots = {"V": linked.slots.values, "N": linked.slots.numbers, "D": linked.slots.dates, "T": linked.slots.texts}
         assert 0 <= mark.start < mark.end <= len(question) and (mark.kind == "C" or mark.index < len(slots[mark.kind]))
-    assert "<plan>" not in render_prompt(TABLE, linked, choose_columns(TABLE))[:-6]
-    plan_by_rules(TABLE, linked)
+    assert "<plan>" not in render_prompt(TABLE, linked, choose_columns(TABLE), draft_plan(TABLE, linked))[:-6]
 
 
 def test_prompt_shows_places_not_columns() -> None:
     linked = link("average horsepower of boats from japan", TABLE)
     order = [4, 2, 0]
-    prompt = render_prompt(TABLE, linked, order)
+    prompt = render_prompt(TABLE, linked, order, Draft(Plan("noans", reason="missing"), False))
     assert prompt.startswith("<schema> boats <C0> <cat> country : japan | italy | united states <C1> <num> horsepower")
-    assert prompt.endswith("<ask> average horsepower <C1> of boats from japan <V0> <C0> <key> <C2> <plan>")
+    assert prompt.endswith("<ask> average horsepower <C1> of boats from japan <V0> <C0> <key> <C2> <~> <noans> <missing> <plan>")
 
 
 def test_prompt_text_never_holds_special_tokens() -> None:
     table = TableProfile.from_rows("<plan>", {"<C0>": ["<ask>", "<V0>", "b"] * 4, "x": [1, 2, 3] * 4})
-    prompt = render_prompt(table, link("what <plan> <END> <C1> is < 5", table), [0, 1])
+    linked = link("what <plan> <END> <C1> is < 5", table)
+    prompt = render_prompt(table, linked, [0, 1], draft_plan(table, linked))
     assert prompt.count("<plan>") == 1 and prompt.count("<ask>") == 1
     assert "<end>" not in prompt and "< 5" in prompt
 

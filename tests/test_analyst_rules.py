@@ -8,8 +8,8 @@ import pytest
 
 from upwell.analyst.linking import link
 from upwell.analyst.plan import plan_tokens
+from upwell.analyst.rules import draft_plan
 from upwell.analyst.schema import TableProfile
-from upwell.nano.rules import plan_by_rules
 
 TABLE = TableProfile.from_rows(
     "boats",
@@ -47,10 +47,10 @@ TABLE = TableProfile.from_rows(
     ],
 )
 def test_readings(question: str, plan: str) -> None:
-    found, _ = plan_by_rules(TABLE, link(question, TABLE))
+    found, _ = draft_plan(TABLE, link(question, TABLE))
     assert " ".join(plan_tokens(found)).replace("<", "").replace(">", "") == f"{plan} end"
 
 
 def test_unread_words_make_it_unsure() -> None:
-    assert plan_by_rules(TABLE, link("average power by origin", TABLE))[1]
-    assert not plan_by_rules(TABLE, link("average power by flavour and origin", TABLE))[1]
+    assert draft_plan(TABLE, link("average power by origin", TABLE))[1]
+    assert not draft_plan(TABLE, link("average power by flavour and origin", TABLE))[1]

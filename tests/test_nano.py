@@ -11,7 +11,8 @@ import torch
 
 from upwell.analyst.ask import Asker
 from upwell.analyst.linking import link
-from upwell.analyst.prompt import choose_columns, render_prompt
+from upwell.analyst.prompt import render_prompt
+from upwell.analyst.rules import choose_columns, draft_plan
 from upwell.analyst.sources import open_table
 from upwell.config import ModelConfig
 from upwell.engine.llm import nano_path
@@ -68,7 +69,7 @@ def plans(asker: Asker, n: int) -> list[tuple[list[int], int]]:
         table = tables.setdefault(item["table"], open_table(DEV / "tables" / f"{item['table']}.csv"))
         linked = link(item["question"], table.profile)
         order = choose_columns(table.profile, linked)
-        ids = prompt_ids(asker.llm.tokenizer, render_prompt(table.profile, linked, order))
+        ids = prompt_ids(asker.llm.tokenizer, render_prompt(table.profile, linked, order, draft_plan(table.profile, linked)))
         mask = PlanMask(PlanGrammar(table.profile, linked.slots, order), asker.llm.tokenizer)
         params = SamplingParams(temperature=0.0, max_tokens=MAX_PLAN_TOKENS, stop_token_ids=[mask.end], ignore_eos=True)
         done = asker.llm.generate({"prompt_token_ids": ids}, params, token_mask=mask)[0]

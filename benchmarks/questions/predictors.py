@@ -8,9 +8,9 @@ from typing import Any
 
 from upwell.analyst.ask import Asker
 from upwell.analyst.linking import link
+from upwell.analyst.rules import draft_plan
 from upwell.analyst.sources import OpenTable, open_table
 from upwell.analyst.sql import to_sql
-from upwell.nano.rules import plan_by_rules
 
 _asker: Asker | None = None
 _opened: Path | None = None
@@ -37,7 +37,7 @@ def rules(path: Path, question: str) -> dict[str, Any]:
     """The control: linking and keyword rules, no model."""
     table = _table(path)
     linked = link(question, table.profile)
-    plan, sure = plan_by_rules(table.profile, linked)
+    plan, sure = draft_plan(table.profile, linked)
     if plan.kind == "noans":
         status = "unsure" if plan.reason == "ambiguous" else "refused"
         return {"status": status, "sql": None, "confidence": float(sure)}

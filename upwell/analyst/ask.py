@@ -18,9 +18,10 @@ from upwell.analyst.evidence import support
 from upwell.analyst.grammar import PlanGrammar, State
 from upwell.analyst.linking import link
 from upwell.analyst.plan import Plan, parse_plan
-from upwell.analyst.prompt import choose_columns, render_prompt
+from upwell.analyst.prompt import render_prompt
 from upwell.analyst.query import run_query
 from upwell.analyst.reading import describe
+from upwell.analyst.rules import choose_columns, draft_plan
 from upwell.analyst.schema import TableProfile
 from upwell.analyst.slots import LinkedQuestion
 from upwell.analyst.sources import OpenTable, open_table
@@ -127,8 +128,10 @@ class Asker:
         orders = column_orders(profile, linked, ORDERS)
         tokenizer = self.llm.tokenizer
         masks = [PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer) for order in orders]
+        draft = draft_plan(profile, linked)
         prompts = [
-            {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order))} for order in orders
+            {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order, draft))}
+            for order in orders
         ]
         end = masks[0].end
         if end is None:

@@ -1,15 +1,19 @@
-"""The prompt that nano reads: the table's schema, then the question with its marks inline."""
+"""The prompt that nano reads: the table's schema, the question with its marks inline, and a draft of the plan.
+
+The draft is what keyword rules read (analyst/rules.py). Nano confirms or corrects it, which is far sooner learned than
+writing every plan from nothing.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from upwell.analyst.plan import PLAN_TOKENS
+from upwell.analyst.plan import PLAN_TOKENS, plan_tokens
+from upwell.analyst.rules import Draft
 from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.slots import LinkedQuestion, Mark
 
-MAX_COLUMNS = 24
 _KINDS = tuple(f"<{kind.value}>" for kind in ColumnKind)
 # `<year>` is both a column's kind and a plan's word: one token.
 SPECIAL_TOKENS: tuple[str, ...] = tuple(dict.fromkeys((*PLAN_TOKENS, *_KINDS, "<~>", "<schema>", "<ask>", "<plan>")))
@@ -18,16 +22,7 @@ _ROLES = (ColumnKind.KEY, ColumnKind.DATE, ColumnKind.YEAR)
 _TAG = re.compile(r"<(?=[a-z~/])", re.IGNORECASE)
 
 
-def choose_columns(profile: TableProfile, linked: LinkedQuestion | None = None) -> list[int]:
-    """The columns to show, in table order: all if they fit, else the linked ones first."""
-    every = range(len(profile.columns))
-    if len(every) <= MAX_COLUMNS or linked is None:
-        return list(every)[:MAX_COLUMNS]
-    chosen = dict.fromkeys([*linked.columns, *every])
-    return sorted(list(chosen)[:MAX_COLUMNS])
-
-
-def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence[int]) -> str:
+def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence[int], draft: Draft) -> str:
     """`order[k]` is the real column shown at place k, which the text and the plan call <Ck>."""
     place = {column: k for k, column in enumerate(order)}
     parts = ["<schema>", plain(profile.name)]
@@ -45,6 +40,7 @@ def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence
             if mark.kind == "N" and linked.slots.numbers[mark.index].year:
                 parts.append("<year>")  # it may also be a period, for conditions on dates
     parts += _roles(profile, order)
+    parts += [*([] if draft.sure else ["<~>"]), *plan_tokens(draft.plan, order)[:-1]]
     parts.append("<plan>")
     return " ".join(part for part in parts if part)
 

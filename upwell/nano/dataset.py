@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from upwell.analyst.plan import plan_tokens
-from upwell.analyst.prompt import choose_columns, render_prompt
+from upwell.analyst.prompt import render_prompt
+from upwell.analyst.rules import choose_columns
 from upwell.nano.generate import Domain, Example, examples
 from upwell.nano.tokenizer import BOS, PAD, id_of
 
@@ -40,7 +41,7 @@ def sequence(tokenizer: Tokenizer, group: Sequence[Example], rng: Random) -> tup
     rng.shuffle(order)
     texts: list[str] = []
     for k, example in enumerate(group):
-        prompt = render_prompt(example.table, example.linked, order)
+        prompt = render_prompt(example.table, example.linked, order, example.draft)
         schema, _, ask = prompt.partition(" <ask> ")
         texts.append(schema if k == 0 else "")
         texts.append("<ask> " + ask)
@@ -88,8 +89,8 @@ def batches(
     first_chunk: int,
     chunk_step: int,
     tokens: int,
-    per_table: int = 6,
-    max_tokens: int = 256,
+    per_table: int = 12,
+    max_tokens: int = 384,
 ) -> Iterator[Batch]:
     """Endless batches of about `tokens` tokens each, sequences of like length together, batches in random order."""
     chunk = first_chunk

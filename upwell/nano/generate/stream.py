@@ -10,7 +10,8 @@ from random import Random
 from upwell.analyst.grammar import PlanGrammar
 from upwell.analyst.linking import link
 from upwell.analyst.plan import Plan, plan_tokens
-from upwell.analyst.prompt import choose_columns, render_prompt
+from upwell.analyst.prompt import render_prompt
+from upwell.analyst.rules import Draft, choose_columns, draft_plan
 from upwell.analyst.schema import TableProfile
 from upwell.analyst.slots import LinkedQuestion
 from upwell.nano.generate.asked import Intent
@@ -24,7 +25,7 @@ from upwell.nano.generate.tables import Table, sample_table
 from upwell.nano.generate.unanswerable import ambiguous, missing, notdata
 from upwell.nano.generate.wording import Wording
 
-QUESTIONS_PER_TABLE = 6
+QUESTIONS_PER_TABLE = 12
 # Ambiguity needs two like columns, which a third of the tables have.
 NOANS = {"missing": 0.09, "notdata": 0.05, "ambiguous": 0.18}
 
@@ -40,6 +41,7 @@ class Example:
     table: TableProfile
     plan: Plan
     linked: LinkedQuestion
+    draft: Draft
     rows: dict[str, list[object]]  # the table's columns
 
 
@@ -188,5 +190,6 @@ def _finish(
     if not PlanGrammar(profile, linked.slots, order).accepts(target):
         drops[f"grammar: {kind}"] += 1
         return None
-    prompt = render_prompt(profile, linked, order)
-    return Example(prompt, target, kind, question, profile, plan, linked, rows)
+    draft = draft_plan(profile, linked)
+    prompt = render_prompt(profile, linked, order, draft)
+    return Example(prompt, target, kind, question, profile, plan, linked, draft, rows)

@@ -1,4 +1,6 @@
-"""The control that nano has to beat: keyword rules over the same linking, without any model.
+"""A first draft of the plan: keyword rules over the linked question, without any model.
+
+Nano reads it in its prompt and corrects it; alone it is the control that nano has to beat.
 
 It reads a question as people who write such rules do: words for the measure, "by" and "per" for
 groups, comparison words before numbers, superlatives for sorting. Synonyms of column names are
@@ -8,14 +10,15 @@ beyond it, as are readings that need more than the nearest words.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from upwell.analyst.grammar import PlanGrammar
 from upwell.analyst.plan import MAX_CONDITIONS, Condition, Dim, Measure, Plan, plan_tokens
-from upwell.analyst.prompt import choose_columns
 from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.slots import LinkedQuestion, Mark
 from upwell.analyst.words import COMMON, TOKEN
 
+MAX_COLUMNS = 24  # that a prompt shows
 _AVG = r"\b(average|avg|mean|on average|typical(ly)?)\b"
 _SUM = r"\b(total|sum|combined|altogether|overall|in all)\b"
 _MEDIAN = r"\bmedian\b"
@@ -52,15 +55,31 @@ _UNITS = {
 _BY = r"\b(by|per|for each|for every|each|every|across|grouped by|in each|of each|among)\W+(the \w*\W*)?$"
 
 
-def plan_by_rules(profile: TableProfile, linked: LinkedQuestion) -> tuple[Plan, bool]:
-    """The plan that the rules read, and whether nothing in the question was left unused."""
+class Draft(NamedTuple):
+    """The plan that the rules read, and whether they understood every telling word of the question."""
+
+    plan: Plan
+    sure: bool
+
+
+def choose_columns(profile: TableProfile, linked: LinkedQuestion | None = None) -> list[int]:
+    """The columns to show, in table order: all if they fit, else the linked ones first."""
+    every = range(len(profile.columns))
+    if len(every) <= MAX_COLUMNS or linked is None:
+        return list(every)[:MAX_COLUMNS]
+    chosen = dict.fromkeys([*linked.columns, *every])
+    return sorted(list(chosen)[:MAX_COLUMNS])
+
+
+def draft_plan(profile: TableProfile, linked: LinkedQuestion) -> Draft:
+    """A valid plan for the linked question; <missing> when the rules read none."""
     reader = _Reader(profile, linked)
     plan = reader.read()
     order = choose_columns(profile, linked)
     grammar = PlanGrammar(profile, linked.slots, order)
     if not grammar.accepts(plan_tokens(plan, order)):
-        return Plan("noans", reason="missing"), False
-    return plan, reader.sure
+        return Draft(Plan("noans", reason="missing"), False)
+    return Draft(plan, reader.sure)
 
 
 class _Reader:
