@@ -254,7 +254,8 @@ def test_prompt_shows_places_not_columns() -> None:
     order = [4, 2, 0]
     prompt = render_prompt(TABLE, linked, order, Draft(Plan("noans", reason="missing"), False))
     assert prompt.startswith("<schema> boats <C0> <cat> country : japan | italy | united states <C1> <num> horsepower")
-    assert prompt.endswith("<ask> average horsepower <C1> of boats from japan <V0> <C0> <key> <C2> <~> <noans> <missing> <plan>")
+    ask = "<ask> average horsepower <C1> of boats <schema> from japan <V0> <C0> <key> <C2>"
+    assert prompt.endswith(f"{ask} <~> <noans> <missing> <plan>")
 
 
 def test_prompt_text_never_holds_special_tokens() -> None:
