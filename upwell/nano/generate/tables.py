@@ -373,8 +373,10 @@ def _series(specs: list[ColumnSpec], rng: Random) -> _Series | None:
         return None
     time = times[0]
     specs[:] = [s for s in specs if s.kind != "key" and (s is time or s not in times)]
-    plain = replace(time, verb=(), hi=(), lo=(), more=(), less=(), ask=(), say=("date", "day") if time.kind == "date" else ("year",),
-                    names=("date", "Date", "day", "obs_date") if time.kind == "date" else ("year", "Year", "yr"))
+    names, say = (("date", "Date", "day", "obs_date"), ("date", "day"))
+    if time.kind == "year":
+        names, say = (("year", "Year", "yr"), ("year",))
+    plain = replace(time, verb=(), hi=(), lo=(), more=(), less=(), ask=(), say=say, names=names)
     specs[specs.index(time)] = plain
     return _Series(plain, "year" if time.kind == "year" else rng.choice(("day", "day", "day", "month")))
 
