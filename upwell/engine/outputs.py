@@ -7,7 +7,7 @@ from typing import Literal
 
 from upwell.errors import UpwellError
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True)
