@@ -1,4 +1,4 @@
-"""Which cache blocks (and slots) are free, and how many sequences hold each other one. A miscount is a bug and raises."""
+"""Which cache blocks (and slots) are free, and how many sequences hold each of the others. A miscount raises."""
 
 from __future__ import annotations
 

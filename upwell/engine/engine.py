@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence as Items
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ Ids = Items[int] | None
 logger = logging.getLogger(__name__)
 
 
+class EngineOptions(TypedDict, total=False):
+    """What Engine takes beside a model, for those who pass it on."""
+
+    max_num_seqs: int
+    cache_tokens: int
+    chunk: int
+    max_queue: int | None
+    enable_prefix_caching: bool
+    prefix_cache_bytes: int
+    prefix_cache_dir: str | Path | None
+    prefix_cache_disk_bytes: int
+
+
 class Engine:
     """Continuous batching over one model. `cache_tokens` (rounded up to blocks of 256) are shared by all sequences.
 
@@ -62,15 +76,17 @@ class Engine:
         prefix_cache_dir: str | Path | None = None,
         prefix_cache_disk_bytes: int = PREFIX_CACHE_DISK_BYTES,
     ) -> None:
-        sizes = {"max_num_seqs": max_num_seqs, "cache_tokens": cache_tokens, "chunk": chunk,
-                 "prefix_cache_bytes": prefix_cache_bytes, "prefix_cache_disk_bytes": prefix_cache_disk_bytes}  # fmt: skip
+        sizes = {
+            "max_num_seqs": max_num_seqs, "cache_tokens": cache_tokens, "chunk": chunk,
+            "prefix_cache_bytes": prefix_cache_bytes, "prefix_cache_disk_bytes": prefix_cache_disk_bytes,
+        }  # fmt: skip
         for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{name} is {value}, must be at least 1")
         if max_queue is not None and max_queue < 0:
             raise InputError(f"max_queue is {max_queue}, must be at least 0")
         if prefix_cache_dir is not None and not enable_prefix_caching:
-            raise InputError("prefix_cache_dir is given, but prefix caching is off", "turn it on or leave the other out")
+            raise InputError("prefix_cache_dir is given, but prefix caching is off", "turn it on or leave this out")
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config

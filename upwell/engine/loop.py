@@ -73,4 +73,4 @@ class EngineThread:
         if self.engine.has_work:
             self.engine.step()
             return True
-        return not self._stopping
+        return not (self._stopping and self._commands.empty())

@@ -168,6 +168,7 @@ class PrefixCache:
             _, dropped = self._entries.popitem(last=False)
             self.nbytes -= dropped.nbytes
 
+
 def _block(keys: PrefixKeys, k: int) -> str:
     return f"block-{keys.blocks[k]}"
 
@@ -178,4 +179,3 @@ def _state(keys: PrefixKeys, cut: int) -> str:
 
 def _whole(keys: PrefixKeys) -> str:
     return f"whole-{keys.whole}"
-

@@ -92,6 +92,7 @@ class PrefixDisk:
 
     def close(self) -> None:
         """Write what waits, and end. A second call does nothing."""
+        atexit.unregister(self.close)
         if self._writer.is_alive():
             self._queue.put(None)
             self._writer.join()
@@ -115,8 +116,9 @@ class PrefixDisk:
             unfinished = self._folder / f"{name}.{os.getpid()}-{threading.get_ident()}.tmp"
             try:
                 with unfinished.open("wb") as file:
-                    file.write(hashlib.blake2b(data.numpy(), digest_size=_SUM).digest())
-                    file.write(data.numpy())
+                    raw = memoryview(data.numpy())
+                    file.write(hashlib.blake2b(raw, digest_size=_SUM).digest())
+                    file.write(raw)
                 os.replace(unfinished, self._folder / name)
                 with self._lock:
                     self.nbytes += data.nbytes + _SUM - self._sizes.pop(name, 0)
