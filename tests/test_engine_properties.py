@@ -36,7 +36,8 @@ def model() -> Transformer:
 def prompt(which: int) -> list[int]:
     """Some that grow over a block's end at once, some that begin alike, some short."""
     stem = torch.randint(2, VOCAB, (600,), generator=torch.Generator().manual_seed(1)).tolist()
-    return [stem[:252], stem[:256], stem[:256] + [9, 8, 7], stem[:260] + [5], stem[5:20], [4], stem[:520], stem[3:512]][which]
+    alike = [stem[:252], stem[:256], [*stem[:256], 9, 8, 7], [*stem[:260], 5], stem[:520]]
+    return [*alike, stem[5:20], [4], stem[3:512]][which]
 
 
 @cache
@@ -142,7 +143,7 @@ class Load(RuleBasedStateMachine):
         slots = [s.slot for s in scheduler.running]
         assert len(slots) == len(set(slots)) == SLOTS - scheduler.slots.free
         for sequence in scheduler.running:
-            assert len(sequence.table) >= blocks_for(sequence.computed) and len(set(sequence.table)) == len(sequence.table)
+            assert len(set(sequence.table)) == len(sequence.table) >= blocks_for(sequence.computed)
             # Only blocks that no one writes any more may be shared.
             assert all(held[b] == 1 for b in sequence.table[sequence.computed // 256 :])
         assert all(not s.table and s.status is Status.WAITING for s in scheduler.waiting)
