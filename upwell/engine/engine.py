@@ -97,7 +97,7 @@ class Engine:
             if prefix_cache_dir is not None:
                 disk = PrefixDisk(Path(prefix_cache_dir), fingerprint(model), prefix_cache_disk_bytes)
             self.prefix = PrefixCache(self.runner.cache, prefix_cache_bytes, disk)
-        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix)
+        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix, self.runner.computes_ragged)
         self.budget = ChunkBudget(chunk)
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)
@@ -198,16 +198,15 @@ class Engine:
     def step(self) -> None:
         """Decode one token of every running sequence and compute some prompt tokens beside it."""
         self._expire()
-        batch = self.scheduler.schedule(self.budget.tokens)
+        batch = self.scheduler.schedule(self.budget)
+        decode = [(sequence, 1) for sequence in batch.decode]
         began = time.perf_counter()
-        if batch.decode:
-            self._run([(sequence, 1) for sequence in batch.decode])
-        decoded = time.perf_counter()
-        if batch.prefill:
+        if self.runner.computes_ragged:
+            self._run(decode + batch.prefill)
+        else:  # padding one token to a chunk would cost a chunk
+            self._run(decode)
             self._run(batch.prefill)
-            if batch.decode:
-                tokens = sum(n for _, n in batch.prefill)
-                self.budget.measured(decoded - began, time.perf_counter() - decoded, tokens)
+        self.budget.measured(len(decode), sum(n for _, n in batch.prefill), time.perf_counter() - began)
         for sequence in batch.restored:
             self._run([(sequence, 0)])
 

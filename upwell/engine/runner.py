@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -17,21 +19,20 @@ class Runner:
     def __init__(self, model: Transformer, blocks: int, slots: int) -> None:
         self.model = model
         self.cache = KVCache(model.config, blocks, slots, model.dtype, model.device)
+        self.computes_ragged = model.computes_ragged
 
     @torch.inference_mode()
     def streams(self, batch: list[tuple[Sequence, int]]) -> Tensor:
         """The next n tokens of each (sequence, n) -> streams [B, h, D] after the last of them."""
         device = self.model.device
         lengths = [n for _, n in batch]
-        longest = max(lengths)
-        rows = [s.tokens(s.computed, s.computed + n) + [0] * (longest - n) for s, n in batch]
+        tokens = [t for s, n in batch for t in s.tokens(s.computed, s.computed + n)]
         step = Step(
             [s.slot for s, _ in batch], [s.computed for s, _ in batch], lengths, [s.table for s, _ in batch], device
         )
-        streams = self.model.streams(torch.tensor(rows, device=device), self.cache, step)
-        if longest > 1:
-            last = torch.tensor([b * longest + n - 1 for b, n in enumerate(lengths)], device=device)
-            streams = streams[last]
+        streams = self.model.streams(torch.tensor([tokens], device=device), self.cache, step)
+        if len(tokens) > len(batch):
+            streams = streams[torch.tensor(list(accumulate(lengths)), device=device) - 1]
         return streams
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ slot a sequence, as rings by position. Order inside a ring doesn't matter to att
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Step:
-    """Which cached sequences one forward extends: input_ids [B, S] hold lengths[b] new tokens each, padded right.
+    """Which cached sequences one forward extends: input_ids [B, S] hold lengths[b] new tokens each, padded right, or
+    [1, T] hold all sequences' tokens one after another (ragged).
 
     starts[b] tokens are in the cache already; slots[b] is the sequence's slot, tables[b] its block table (long
     enough for the new tokens too). All host values, so that no step waits for the device.
@@ -89,6 +91,15 @@ class Step:
     tables: list[list[int]]
     device: torch.device | str = "cpu"
     _rows: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    def is_ragged(self, input_ids: Tensor) -> bool:
+        return input_ids.shape[0] != len(self.lengths)
+
+    def first_rows(self, input_ids: Tensor) -> list[int]:
+        """Where each sequence's tokens begin in the flattened input."""
+        if self.is_ragged(input_ids):
+            return list(accumulate(self.lengths, initial=0))[:-1]
+        return [b * input_ids.shape[1] for b in range(len(self.lengths))]
 
     @property
     def is_decode(self) -> bool:

@@ -305,7 +305,7 @@ def run_layers(
             plan.caches[cache] = structs
         caches = structs[0] if mtp is None else structs[1 + mtp]
         layers = plan.layers if mtp is None else plan.mtp[mtp]
-        width = input_ids.shape[1]
+        first_rows = step.first_rows(input_ids)
         ids = input_ids.contiguous().view(-1)
         tables = [array("q", table) for table in step.tables]
         threads = torch.get_num_threads()
@@ -316,7 +316,7 @@ def run_layers(
             for at, (b, offset, count) in zip(sequences, parts, strict=True):
                 at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
                 at.table = tables[b].buffer_info()[0]
-                spans.append((b * width + offset, count))
+                spans.append((first_rows[b] + offset, count))
                 row += count
             first = spans[0][0]
             joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))
