@@ -1,8 +1,9 @@
 """From logits to the next token of each sequence.
 
 Rows are edited one by one (penalties, bias, masks touch few ids); truncation and drawing run over all rows at once.
-Nothing is sorted unless a row asks for top_k or top_p. Each sequence draws from its own generator, one number a token,
-by inverting the cumulative distribution: the same seed gives the same token whatever else is in the batch.
+Nothing is ever sorted whole: top_k and top_p look at the best tokens, and top_p bisects where these don't suffice. Each
+sequence draws from its own generator, one number a token, by inverting the cumulative distribution: the same seed gives
+the same token whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from upwell.engine.outputs import TokenLogprob
 from upwell.engine.sequence import Sequence
 
-_CANDIDATES = 1024  # top_p looks at this many best tokens before it sorts the whole vocabulary
+_CANDIDATES = 1024  # best tokens that top_p looks at first
 _NEVER = float("-inf")
 
 
@@ -107,18 +108,36 @@ def _kth_best(scaled: Tensor, ks: list[int]) -> Tensor:
 
 
 def _nucleus(scaled: Tensor, top_p: Tensor) -> Tensor:
-    """The value of the last token of the smallest set of best tokens that holds top_p [R, 1]."""
-    vocab = scaled.shape[-1]
+    """The value of the last token of the smallest set of best tokens that holds top_p [R, 1]; -inf for top_p off."""
     total = scaled.double().logsumexp(dim=-1, keepdim=True)
-    for size in (min(_CANDIDATES, vocab), vocab):
-        best = scaled.topk(size, dim=-1).values
-        mass = (best.double() - total).exp()
-        before = mass.cumsum(dim=-1) - mass
-        if size == vocab or bool((before[:, -1:] + mass[:, -1:] >= top_p).all()):
-            break
-    count = (before < top_p).sum(dim=-1, keepdim=True)
-    last = best.gather(1, count - 1)
+    best = scaled.topk(min(_CANDIDATES, scaled.shape[-1]), dim=-1).values
+    mass = (best.double() - total).exp()
+    before = mass.cumsum(dim=-1) - mass
+    last = best.gather(1, (before < top_p).sum(dim=-1, keepdim=True) - 1)
+    short = ((before[:, -1:] + mass[:, -1:] < top_p) & (top_p < 1)).squeeze(1)  # the candidates hold less than top_p
+    if best.shape[-1] < scaled.shape[-1] and bool(short.any()):
+        last[short] = _bisected(scaled[short], (top_p * total.exp())[short])
     return last.masked_fill(top_p >= 1, _NEVER)
+
+
+def _bisected(scaled: Tensor, wanted: Tensor) -> Tensor:
+    """The largest value whose row's tokens at or above it have `wanted` mass (exp of scaled) [R, 1], without sorting.
+
+    By bisection over FP32's values in order, of which none positive is needed: the best token is at 0.
+    """
+    mass = scaled.double().exp()
+    high = torch.zeros_like(wanted, dtype=torch.int32)
+    low = torch.full_like(high, -0x7F800000)  # of -inf: all tokens
+    while bool((low + 1 < high).any()):
+        middle = low + (high - low) // 2
+        enough = (mass * (scaled >= _ordered(middle))).sum(dim=-1, keepdim=True) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return _ordered(low)
+
+
+def _ordered(rank: Tensor) -> Tensor:
+    """The FP32 value at a rank at or below 0, int32: 0 is 0.0, -1 the negative number next to it, and so on."""
+    return -(-rank).view(torch.float32)
 
 
 def _logprobs(logits: Tensor, tokens: list[int], sequences: Items[Sequence]) -> dict[int, TokenLogprob]:
