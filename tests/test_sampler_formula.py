@@ -105,7 +105,7 @@ def assert_distribution(one: Sequence, logits: torch.Tensor, expected: list[floa
 LOGITS = st.lists(st.integers(-400, 400).map(lambda x: x / 64), min_size=4, max_size=24)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data(), logits=LOGITS)
 def test_the_distribution_is_the_formulas(data: st.DataObject, logits: list[float]) -> None:
     tokens = st.integers(0, len(logits) - 1)
@@ -156,7 +156,7 @@ def test_a_nucleus_wider_than_the_candidates(spread: float, top_p: float) -> Non
     one.rng, one.uniform = uniform, lambda ahead=0: uniform.value  # type: ignore[assignment,attr-defined]
     below, rng = 0.0, random.Random(1)
     for token, share in enumerate(expected):
-        if share > 1e-5 and rng.random() < 0.02:
+        if share > 1e-5 and rng.random() < 0.006:
             uniform.value = below + share / 2
             assert sample(logits.clone()[None], [one], [None])[0].token == token
         below += share
