@@ -79,11 +79,10 @@ struct ByTokens : LayerPass {
       count = min64(min64(n - i, kIndexRows), s.row + s.length - t0 - i);
       const int64_t entries = visible(l, t0 + i + count - 1);
       if (entries <= m.index_topk) continue;
-      const int64_t stride = score_row(entries);
-      float* scores = b.index_scores + w.id * kIndexRows * stride;
+      float* scores = b.index_scores + w.id * kIndexRows * b.score_row;
       turn_index_queries(t0 + i, count, o.iq + i * width);
-      score_entries(l, c, t0 + i, count, o.iq + i * width, 0, entries, scores, stride);
-      select_entries(l, t0 + i, count, scores, stride);
+      score_entries(l, c, t0 + i, count, o.iq + i * width, 0, entries, scores);
+      select_entries(l, t0 + i, count, scores);
     }
   }
 

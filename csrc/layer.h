@@ -165,9 +165,9 @@ struct LayerPass {
   }
 
   // Scores of the sequence's entries [e0, e1) for its `count` <= kIndexRows queries from token t0 on, iq [count, n, c]
-  // turned already. scores: one row of `stride` a query. e0 is a multiple of kTile.
+  // turned already. scores: a row of b.score_row a query. e0 is a multiple of kTile.
   void score_entries(const Layer& l, const LayerCache& c, int64_t t0, int64_t count, const float* iq, int64_t e0,
-                     int64_t e1, float* scores, int64_t stride) {
+                     int64_t e1, float* scores) {
     const int64_t n = m.index_heads, dim = m.index_dim;
     const RowsOfPool row(sequence(t0).table, call.block_tokens / l.ratio);
     for (int64_t e = e0; e < e1; e += kTile) {
@@ -178,17 +178,17 @@ struct LayerPass {
       }
       key_tile(b.pointers, keys, dim, b.tile);
       for (int64_t i = 0; i < count; ++i)
-        index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * stride + e);
+        index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * b.score_row + e);
     }
   }
   void turn_index_queries(int64_t t0, int64_t count, float* iq) {
     for (int64_t i = 0; i < count * m.index_heads; ++i)
       rotate(iq + (i + 1) * m.index_dim - m.rope, b.turn[1] + (t0 + i / m.index_heads) * 2 * m.rope, m.rope, 1.0f);
   }
-  void select_entries(const Layer& l, int64_t t0, int64_t count, float* scores, int64_t stride) {
+  void select_entries(const Layer& l, int64_t t0, int64_t count, float* scores) {
     for (int64_t i = 0; i < count; ++i)
       if (visible(l, t0 + i) > m.index_topk)
-        select_best(scores + i * stride, visible(l, t0 + i), m.index_topk, b.picks + (t0 + i) * m.index_topk);
+        select_best(scores + i * b.score_row, visible(l, t0 + i), m.index_topk, b.picks + (t0 + i) * m.index_topk);
   }
 
   // b.pointers: the rows that token t reads; returns how many.
