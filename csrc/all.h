@@ -2,6 +2,7 @@
 #include "gemm.h"
 #include "attention.h"
 #include "indexer.h"
+#include "index_shorts.h"
 #include "mixing.h"
 #include "workspace.h"
 #include "layer.h"
