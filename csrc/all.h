@@ -4,5 +4,7 @@
 #include "mixing.h"
 #include "forward.h"
 #include "training_rows.h"
+#include "training_gemm.h"
+#include "training_products.h"
 #include "training_attention.h"
 #include "training_streams.h"

@@ -1,4 +1,5 @@
-// The C entry points of training's kernels. Each takes a range of rows and may run beside others on other ranges.
+// The C entry points of training's kernels. Linear maps and experts are whole calls, run by a team; each other one
+// takes a range of rows and may run beside others on other ranges.
 #include "training.h"
 
 #include <cstring>
@@ -17,8 +18,14 @@ const TrainingKernels& kernels() {
   return baseline::training;
 }
 
+float* workspace(const AttentionTraining& call) {
+  return training_workspace(AttentionTiling(call).workspace_floats(call));
+}
+
+}  // namespace
+
 // Kept from call to call: on some machines the first touch of a page costs more than all the work on it.
-float* workspace(int64_t floats) {
+float* training_workspace(int64_t floats) {
   thread_local std::vector<float> kept;
   const size_t needed = size_t(floats + kTrainingLine);
   if (kept.size() < needed) kept.resize(needed);
@@ -26,14 +33,22 @@ float* workspace(int64_t floats) {
   return kept.data() + (64 - at % 64) % 64 / sizeof(float);
 }
 
-float* workspace(const AttentionTraining& call) {
-  return workspace(AttentionTiling(call).workspace_floats(call));
-}
-
-}  // namespace
 }  // namespace upwell
 
 extern "C" {
+
+void upwell_train_linear_forward(upwell::LinearTraining* call) {
+  upwell::run_team(upwell::kernels().linear_forward, call);
+}
+void upwell_train_linear_backward(upwell::LinearTraining* call) {
+  upwell::run_team(upwell::kernels().linear_backward, call);
+}
+void upwell_train_experts_forward(upwell::ExpertsTraining* call) {
+  upwell::run_team(upwell::kernels().experts_forward, call);
+}
+void upwell_train_experts_backward(upwell::ExpertsTraining* call) {
+  upwell::run_team(upwell::kernels().experts_backward, call);
+}
 
 // Tokens [from, to) of all B * S.
 void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t from, int64_t to) {
@@ -73,7 +88,7 @@ void upwell_train_enter_forward(int64_t streams, const float* x, const float* fn
                                 float norm_eps, int64_t from, int64_t to) {
   upwell::kernels().streams[streams - 1].enter_forward(
       x, fn, turned, base, scale, dots, u, post, comb, inverse_rms, dim, iterations, eps, norm_eps, from, to,
-      upwell::workspace(upwell::stream_workspace_floats(streams, iterations)));
+      upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations)));
 }
 
 void upwell_train_enter_backward(int64_t streams, const float* x, const float* fn, const float* base,
@@ -83,7 +98,7 @@ void upwell_train_enter_backward(int64_t streams, const float* x, const float* f
                                  float* grad_scale, int64_t from, int64_t to) {
   upwell::kernels().streams[streams - 1].enter_backward(
       x, fn, base, scale, dots, inverse_rms, grad_u, grad_post, grad_comb, grad_x, dim, iterations, eps, grad_fn,
-      grad_base, grad_scale, from, to, upwell::workspace(upwell::stream_workspace_floats(streams, iterations)));
+      grad_base, grad_scale, from, to, upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations)));
 }
 
 void upwell_train_leave_forward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,

@@ -1,4 +1,4 @@
-"""Calls of training's C++ kernels (csrc/training.cpp): FP32, CPU, a range of rows a thread."""
+"""Calls of training's C++ kernels (csrc/training.cpp): FP32, CPU, by ranges of rows or whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Argument = Tensor | ctypes.Structure | int | float | None
 def usable(*tensors: Tensor | None) -> bool:
     """The kernels are built, and take such tensors."""
     lib = native.library()
-    if lib is None or not hasattr(lib, "upwell_train_enter_forward"):  # a build of older sources
+    if lib is None or not hasattr(lib, "upwell_train_linear_forward"):  # a build of older sources
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
@@ -37,6 +37,14 @@ def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) 
     native.parallel_ranges(rows, part)
     in_order = [partial[begin] for begin in sorted(partial)]  # the same totals in every run
     return [parts[0] if len(parts) == 1 else torch.stack(parts).sum(0) for parts in zip(*in_order, strict=True)]
+
+
+def run_whole(name: str, call: ctypes.Structure) -> None:
+    """upwell_train_<name> on one team of as many threads as torch uses. Tensors behind addresses must stay alive."""
+    library = native.library()
+    assert library is not None
+    library.upwell_set_threads(torch.get_num_threads())
+    getattr(library, f"upwell_train_{name}")(ctypes.byref(call))
 
 
 def _convert(argument: Argument) -> object:
