@@ -94,9 +94,9 @@ struct StreamKernels {
                         int64_t iterations, float eps, float norm_eps, int64_t from, int64_t to, float* workspace);
   void (*enter_backward)(const float* x, const float* fn, const float* base, const float* scale, const float* dots,
                          const float* inverse_rms, const float* grad_u, const float* grad_post,
-                         const float* grad_comb, float* grad_x, int64_t dim, int64_t iterations, float eps,
-                         float* grad_fn, float* grad_base, float* grad_scale, int64_t from, int64_t to,
-                         float* workspace);
+                         const float* grad_comb, const float* grad_past, float* grad_x, int64_t dim,
+                         int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
+                         int64_t from, int64_t to, float* workspace);
   // y [T, D] -> out [T, h, D]
   void (*leave_forward)(const float* x, const float* y, const float* post, const float* comb, float* out, int64_t dim,
                         int64_t from, int64_t to);

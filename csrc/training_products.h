@@ -3,7 +3,7 @@
 // instruction set's namespace.
 
 constexpr int64_t kLinearRows = 512;    // tokens of a unit of work
-constexpr int64_t kGradRows = 256;      // a weight gradient's unit: outputs
+constexpr int64_t kGradRows = kTurnedRows;  // a weight gradient's unit: outputs
 constexpr int64_t kGradColumns = 128;   // and inputs
 constexpr int64_t kExpertRows = 256;    // rows that go through an expert together
 
