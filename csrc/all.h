@@ -10,5 +10,7 @@
 #include "blocks.h"
 #include "forward.h"
 #include "training_rows.h"
+#include "training_gemm.h"
+#include "training_products.h"
 #include "training_attention.h"
 #include "training_streams.h"

@@ -34,10 +34,10 @@ class Block(nn.Module):
         self, streams: Tensor, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
     ) -> Tensor:
         """streams [B*S, h, D], input_ids [B, S] -> streams."""
-        x, post, comb = self.hc_attn.enter(streams)
+        x, streams, post, comb = self.hc_attn.enter(streams)
         x = self.attn_norm(x).view(*input_ids.shape, -1)
         streams = self.hc_attn.leave(streams, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
-        x, post, comb = self.hc_ffn.enter(streams)
+        x, streams, post, comb = self.hc_ffn.enter(streams)
         return self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
 
 
