@@ -5,6 +5,7 @@ from upwell.engine.llm import LLM
 from upwell.engine.loop import EngineThread
 from upwell.engine.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
 from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.structured import StructuredOutputs
 from upwell.engine.tokenizer import Tokenizer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "EngineThread",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprob",
     "TokenMask",
     "Tokenizer",

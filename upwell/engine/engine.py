@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -21,6 +22,7 @@ from upwell.engine.runner import Runner
 from upwell.engine.sampler import sample
 from upwell.engine.scheduler import Scheduler
 from upwell.engine.sequence import Request, Sequence, Sink, Status
+from upwell.engine.structured import GrammarCompiler, GrammarMask
 from upwell.engine.tokenizer import Tokenizer
 from upwell.errors import EngineError, InputError, UpwellError
 from upwell.model import Transformer
@@ -29,7 +31,7 @@ PREFILL_CHUNK = 512  # prompt tokens a step: long enough to be efficient, short 
 MAX_NUM_SEQS = 32
 CACHE_TOKENS = 65536
 
-Ids = Items[int] | None
+Ids = Items[int] | Tensor | None
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class Engine:
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config
+        vocab, eos = self.config.vocab_size, self.config.eos_token_id
+        self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, vocab, eos)
         self.runner = Runner(model, blocks, max_num_seqs)
         self.scheduler = Scheduler(blocks, max_num_seqs, chunk)
         # A sequence's last token is never computed, so it needs no place in the cache.
@@ -89,7 +93,22 @@ class Engine:
         limit = room if params.max_tokens is None else params.max_tokens
         if params.min_tokens > limit:
             raise InputError(f"min_tokens is {params.min_tokens}, but the context has room for {limit}")
-        return Request(prompt, list(prompt_token_ids), params, limit, self.config.eos_token_id, sink, token_mask)
+        new_mask = self._new_mask(prompt_token_ids, params, token_mask)
+        eos = self.config.eos_token_id
+        return Request(prompt, list(prompt_token_ids), params, limit, eos, sink, token_mask, new_mask)
+
+    def _new_mask(
+        self, prompt: list[int], params: SamplingParams, token_mask: TokenMask | None
+    ) -> Callable[[], GrammarMask] | None:
+        if params.structured_outputs is None:
+            return None
+        if token_mask is not None:
+            raise InputError("token_mask and structured_outputs are both given", "one of them decides what is allowed")
+        grammars = self._grammars
+        if grammars is None:
+            raise InputError("structured_outputs are given, but this model has no tokenizer")
+        matcher = grammars.compile(params.structured_outputs)
+        return lambda: grammars.mask(matcher, prompt)
 
     def add(self, request: Request) -> None:
         sequences = [
@@ -148,12 +167,12 @@ class Engine:
 
     def _mask(self, sequence: Sequence) -> Ids:
         """The ids allowed next, None for all. A mask that fails or allows nothing ends this sequence alone."""
-        mask = sequence.request.token_mask
+        mask = sequence.mask
         if mask is None:
             return None
         try:
             allowed = mask(sequence.output)
-            if allowed is not None and not len(allowed):
+            if allowed is not None and not (allowed.any() if isinstance(allowed, Tensor) else len(allowed)):
                 raise EngineError(f"the token mask allows nothing after {len(sequence.output)} tokens")
             return allowed
         except Exception as error:

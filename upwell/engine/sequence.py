@@ -33,6 +33,7 @@ class Request:
     eos_token_id: int
     sink: Sink
     token_mask: TokenMask | None = None
+    new_mask: Callable[[], TokenMask] | None = None  # for each completion one of its own
 
 
 class Sequence:
@@ -42,6 +43,7 @@ class Sequence:
         self.request, self.index, self.arrival = request, index, arrival
         self.detokenizer = detokenizer
         self.output: list[int] = []
+        self.mask = request.token_mask if request.new_mask is None else request.new_mask()
         self.counts: Counter[int] = Counter()  # of output tokens, for the penalties
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -75,7 +77,7 @@ class Sequence:
         self.counts[token] += 1
         enough = len(self.output) >= self.params.min_tokens
         text = ""
-        if token in self.end_ids and enough:
+        if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
             self.finish_reason = "stop"
         else:
             if self.detokenizer is not None:
