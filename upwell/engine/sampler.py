@@ -7,6 +7,7 @@ by inverting the cumulative distribution: the same seed gives the same token wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from upwell.engine.outputs import TokenLogprob
+from upwell.engine.params import Allowed, SamplingParams
 from upwell.engine.sequence import Sequence
 
 _CANDIDATES = 1024  # top_p looks at this many best tokens before it sorts the whole vocabulary
@@ -29,33 +31,41 @@ class Draw:
     logprob: TokenLogprob | None
 
 
-def sample(logits: Tensor, sequences: Items[Sequence], allowed: Items[Items[int] | Tensor | None]) -> list[Draw]:
-    """One token a row: logits [B, V] FP32 (edited in place), and what TokenMask allows; row b of sequences[b].
+def sample(
+    logits: Tensor, sequences: Items[Sequence], allowed: Items[Allowed], ahead: Items[Items[int]] | None = None,
+    logprobs: bool = True,
+) -> list[Draw]:  # fmt: skip
+    """One token a row: logits [B, V] FP32 (edited in place), and what may come; row b of sequences[b].
+
+    Row b is the token after ahead[b], tokens that the sequence doesn't have yet; None: the next of each.
 
     Greedy ties go to the lowest id.
     """
-    for row, sequence, ids in zip(logits, sequences, allowed, strict=True):
-        _edit(row, sequence, ids)
+    ahead = [()] * len(sequences) if ahead is None else ahead
+    for row, sequence, ids, tokens_ahead in zip(logits, sequences, allowed, ahead, strict=True):
+        _edit(row, sequence, ids, tokens_ahead)
     tokens = logits.argmax(dim=-1)
     drawn = [b for b, s in enumerate(sequences) if not s.params.is_greedy]
     if drawn:
         rows = logits if len(drawn) == len(sequences) else logits[drawn]
-        tokens[drawn] = _draw(rows, [sequences[b] for b in drawn])
+        uniforms = [sequences[b].uniform(len(ahead[b])) for b in drawn]
+        tokens[drawn] = _draw(rows, [sequences[b].params for b in drawn], uniforms)
     chosen = tokens.tolist()
-    logprobs = _logprobs(logits, chosen, sequences)
-    return [Draw(token, logprobs.get(b)) for b, token in enumerate(chosen)]
+    entries = _logprobs(logits, chosen, sequences) if logprobs else {}
+    return [Draw(token, entries.get(b)) for b, token in enumerate(chosen)]
 
 
-def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | Tensor | None) -> None:
+def _edit(row: Tensor, sequence: Sequence, allowed: Allowed, ahead: Items[int]) -> None:
     """Penalties, bias, minimum length and mask, in place: row [V]."""
     params = sequence.params
+    seen_counts = sequence.counts + Counter(ahead) if ahead else sequence.counts
     if params.repetition_penalty != 1.0:
-        seen = _ids(set(sequence.request.prompt_token_ids) | sequence.counts.keys(), row)
+        seen = _ids(set(sequence.request.prompt_token_ids) | seen_counts.keys(), row)
         old = row[seen]
         row[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    if sequence.counts and (params.presence_penalty or params.frequency_penalty):
-        counts = torch.tensor(list(sequence.counts.values()), dtype=row.dtype, device=row.device)
-        row[_ids(sequence.counts, row)] -= params.presence_penalty + params.frequency_penalty * counts
+    if seen_counts and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.tensor(list(seen_counts.values()), dtype=row.dtype, device=row.device)
+        row[_ids(seen_counts, row)] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         bias = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
         row[_ids(params.logit_bias, row)] += bias
@@ -66,7 +76,7 @@ def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | Tensor | None) 
         kept = row[ids]
         row.fill_(_NEVER)
         row[ids] = kept
-    if sequence.end_ids and len(sequence.output) + 1 < params.min_tokens:
+    if sequence.end_ids and len(sequence.output) + len(ahead) + 1 < params.min_tokens:
         ends = _ids(sequence.end_ids, row)
         kept = row[ends]
         row[ends] = _NEVER
@@ -83,9 +93,8 @@ def _ids(ids: Iterable[int], row: Tensor) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.long, device=row.device)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
     """Tokens [R] at each row's temperature, truncated by its min_p, top_k and top_p (in this order)."""
-    params = [s.params for s in sequences]
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device).unsqueeze(1)
@@ -101,7 +110,7 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     # Cumulated in FP64: 129,280 FP32 terms would lose the rare tokens.
     cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    uniform = torch.tensor([s.rng.random() for s in sequences], dtype=torch.float64, device=logits.device).unsqueeze(1)
+    uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
     target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
     # The first token whose cumulated probability exceeds the target: never one of probability 0.
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
