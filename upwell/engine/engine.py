@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TypedDict
 
@@ -40,7 +39,7 @@ from upwell.model import Transformer
 PREFILL_CHUNK = 512  # prompt tokens a step while nothing decodes: as many as the kernels take at once
 MAX_NUM_SEQS = 32
 CACHE_TOKENS = 65536
-SPECULATIVE_TOKENS = 3
+SPECULATIVE_TOKENS = MOST_DRAFTS
 
 logger = logging.getLogger(__name__)
 
@@ -312,21 +311,21 @@ class Engine:
     @torch.inference_mode()
     def _verify(self, speculator: Speculator, drafts: list[Draft]) -> None:
         streams = self.runner.verify([d.sequence for d in drafts], [d.tokens for d in drafts])
-        # A mask that failed after the last drafted token may never be reached: no row for what would follow.
-        counts = [len(d.tokens) + (d.error is None) for d in drafts]
+        counts = [len(d.tokens) + d.is_open for d in drafts]
         rows = [(d, k) for d, n in zip(drafts, counts, strict=True) for k in range(n)]
         logits = self.runner.logits(torch.cat([part[:n] for part, n in zip(streams, counts, strict=True)]))
         allowed, ahead = [d.allowed[k] for d, k in rows], [d.tokens[:k] for d, k in rows]
         draws = iter(sample(logits, [d.sequence for d, _ in rows], allowed, ahead))
-        taken = []
+        taken, accepted = [], []
         for draft, count, part in zip(drafts, counts, streams, strict=True):
             own = [next(draws) for _ in range(count)]
-            taken.append(own[: _agreeing(own, draft.tokens) + 1])
+            accepted.append(_agreeing(own, draft.tokens))
+            taken.append(own[: accepted[-1] + 1])
             speculator.read(draft.sequence, draft.sequence.computed, part[: len(taken[-1])])
-        speculator.settle(drafts, [len(own) - 1 for own in taken])
+        speculator.settle(drafts, accepted)
         for draft, own in zip(drafts, taken, strict=True):
             self.scheduler.computed(draft.sequence, 1)
-            draft.sequence.computed += len(own) - 1
+            draft.sequence.computed += len(own) - 1  # the last token counts as not computed, a drafted one or not
             for draw in own:
                 self._append(draft.sequence, draw)
 

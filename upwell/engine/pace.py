@@ -8,54 +8,14 @@ that is none. Now and then a neighbour is tried again, for acceptance and times 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 
-_KEPT = 9  # times of each k, of which the median counts
-_FIRST = 3  # steps of each k before it is judged
 AGAIN = 64  # steps between trials
+_KEPT = 9  # times of each choice, of which the median counts
+_FIRST = 3  # steps of each choice before it is judged; the first of them warms up
 _DECAY = 0.98  # of acceptance, a draft
-_HOPELESS = 0.85  # of the best speed: deeper drafting isn't even tried
-
-
-class Pace:
-    """The choice for steps of one batch size. `most`: drafts a step."""
-
-    def __init__(self, most: int, acceptance: Acceptance) -> None:
-        self.most, self.acceptance = most, acceptance
-        self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in range(most + 1)]
-        self._counts = [0] * (most + 1)
-        self._since = 0
-
-    def choose(self) -> int:
-        """How many tokens to draft in the next step."""
-        best, speed = 0, 0.0
-        for k in range(self.most + 1):
-            if self._counts[k] < _FIRST:
-                return k
-            if self._speed(k) > speed:
-                best, speed = k, self._speed(k)
-            elif self._speed(k) < _HOPELESS * speed:
-                break
-        self._since += 1
-        if self._since >= AGAIN:
-            self._since = 0
-            near = [k for k in (best - 1, best + 1) if 0 <= k <= self.most and self._counts[k]]
-            return min(near, key=lambda k: self._counts[k], default=best)
-        return best
-
-    def idle(self) -> int:
-        """A step in which nothing could be drafted: drafts 0."""
-        self._since += 1
-        return 0
-
-    def took(self, k: int, seconds: float) -> None:
-        """A step that drafted k tokens took this long."""
-        self._counts[k] += 1
-        if self._counts[k] > 1:  # the first one warms up
-            self._times[k].append(seconds)
-
-    def _speed(self, k: int) -> float:
-        return self.acceptance.tokens(k) / median(self._times[k])
+_HOPELESS = 0.85  # of the best speed: drafting more isn't even tried
 
 
 class Acceptance:
@@ -76,3 +36,42 @@ class Acceptance:
             chain *= taken / tried
             total += chain
         return total
+
+
+class Pace:
+    """The choice for steps of one batch size among `choices`, numbers of drafts that rise from 0."""
+
+    def __init__(self, choices: Sequence[int], acceptance: Acceptance) -> None:
+        self.choices, self._acceptance = tuple(choices), acceptance
+        self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in choices]
+        self._counts = [0] * len(choices)
+        self._since = 0
+
+    def choose(self) -> int:
+        """How many tokens to draft in the next step."""
+        best, fastest = 0, 0.0
+        for i, k in enumerate(self.choices):
+            if self._counts[i] < _FIRST:
+                return k
+            speed = self._acceptance.tokens(k) / median(self._times[i])
+            if speed > fastest:
+                best, fastest = i, speed
+            elif speed < _HOPELESS * fastest:
+                break
+        self._since += 1
+        if self._since >= AGAIN:
+            self._since = 0
+            near = [i for i in (best - 1, best + 1) if 0 <= i < len(self.choices) and self._counts[i]]
+            best = min(near, key=lambda i: self._counts[i], default=best)
+        return self.choices[best]
+
+    def idle(self) -> None:
+        """A step in which nothing could be drafted."""
+        self._since += 1
+
+    def took(self, k: int, seconds: float) -> None:
+        """A step that drafted k tokens took this long."""
+        i = self.choices.index(k)
+        self._counts[i] += 1
+        if self._counts[i] > 1:
+            self._times[i].append(seconds)

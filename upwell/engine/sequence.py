@@ -11,6 +11,7 @@ from enum import Enum
 from torch import Tensor
 
 from upwell.engine.detokenizer import Detokenizer
+from upwell.engine.lookup import Lookup
 from upwell.engine.outputs import Delta, FinishReason, TokenLogprob
 from upwell.engine.params import SamplingParams, TokenMask
 from upwell.engine.prefix import PrefixKeys
@@ -74,6 +75,7 @@ class Sequence:
         self.table: list[int] = []
         self.restored: Tensor | None = None  # streams [1, h, D] after the last token, where no token had to be computed
         self.unread: Unread | None = None
+        self.lookup: Lookup | None = None
         self._keys: PrefixKeys | None = None
         params = request.params
         # An own source of randomness: nothing else in the batch can change what is drawn.

@@ -1,9 +1,10 @@
 """Speculative decoding, exact: tokens are drafted cheaply, then one forward of the model says which of them it would
 have drawn itself.
 
-Drafts come from the mask where it leaves no choice, and from the checkpoint's MTP block. A draft is drawn with the
-very random number that its token will be drawn with, and it is accepted if the model then draws the same token. So
-every token is the model's own draw, and the output is what it would have been without drafts, seed by seed.
+Drafts come from the mask where it leaves no choice, from the text so far (lookup.py), and from the checkpoint's MTP
+block. A draft is accepted if the model, with its own random number, draws the same token; MTP's is drawn with that very
+number, so that the two agree as often as can be. So every token is the model's own draw, and the output is what it
+would have been without drafts, seed by seed.
 
 MTP reads the model's final streams at t and the token after it. Each sequence keeps the streams that MTP hasn't read
 yet: they go through it together when the next draft is made, and a prompt's end goes through as it is computed.
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from upwell.config import BLOCK_TOKENS
+from upwell.engine.lookup import Lookup
 from upwell.engine.pace import AGAIN, Acceptance, Pace
 from upwell.engine.params import Allowed, allowed_after
 from upwell.engine.runner import Runner
@@ -29,6 +31,8 @@ from upwell.model import Step
 from upwell.model.cache import SavedRings
 
 MOST_DRAFTS = 7  # what the compressor's shortest ring gives back; with the token before them, 8 rows a product
+_MTP_DEPTH = 3
+_LOOKUPS = (0, 1, 2, 4, MOST_DRAFTS)
 _LAG = 8  # tokens that MTP may fall behind while drafting doesn't pay, before this sequence goes without it
 
 
@@ -42,11 +46,31 @@ class Draft:
     allowed: list[Allowed] = field(default_factory=list)
     saved_at: int = 0  # its first place among the saved
     by_mtp: int = 0  # so many of the tokens, the first ones, took a pass of MTP
+    by_lookup: int = 0
     error: Exception | None = None  # of the mask after the last token
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        if token in self.sequence.end_ids:
+            self.room = len(self.tokens)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a token may be drawn after the last one: neither does that end the sequence, nor has the mask
+        failed there."""
+        return self.error is None and not (self.tokens and self.tokens[-1] in self.sequence.end_ids)
+
+    def allows(self, token: int) -> bool:
+        allowed = self.look()
+        if allowed is None or self.error is not None:
+            return self.error is None
+        if isinstance(allowed, Tensor):
+            return bool(int(allowed[token // 32]) >> token % 32 & 1)
+        return token in allowed
 
     def look(self) -> Allowed:
         """What may come after the tokens so far; a mask that fails closes the draft."""
-        if len(self.allowed) == len(self.tokens):
+        if len(self.allowed) == len(self.tokens) and self.is_open:
             self.allowed.append(None)
             try:
                 self.allowed[-1] = allowed_after(self.sequence.mask, self.sequence.output + self.tokens)
@@ -57,7 +81,7 @@ class Draft:
     def forced(self) -> int | None:
         """The one token that may come next, or how a forced text is best begun; None where there is a choice."""
         allowed = self.look()
-        if allowed is None or self.error is not None:
+        if allowed is None or not self.is_open:
             return None
         if not isinstance(allowed, Tensor):
             return int(allowed[0]) if len(allowed) == 1 else None
@@ -67,15 +91,16 @@ class Draft:
 
 
 class Speculator:
-    """Proposes tokens that masks force, and up to `most` by MTP. Owned by the engine's thread."""
+    """Proposes up to `most` tokens a sequence and step, and text that masks force. Owned by the engine's thread."""
 
     def __init__(self, runner: Runner, most: int) -> None:
         self._runner, self._model = runner, runner.model
-        self._most = most if self._model.mtp else 0
-        self._acceptance = Acceptance(self._most)
-        self._paces: dict[int, Pace] = {}
+        self._depths = range(min(most, _MTP_DEPTH) + 1) if self._model.mtp else range(1)
+        self._lengths = [n for n in _LOOKUPS if n <= most]
+        self._mtp, self._lookup = Acceptance(_MTP_DEPTH), Acceptance(MOST_DRAFTS)
+        self._paces: dict[int, tuple[Pace, Pace]] = {}  # by batch size: of MTP and of lookups
         self._idle = 0  # steps since MTP last drafted
-        self._began, self._depth, self._pace = 0.0, 0, Pace(0, self._acceptance)
+        self._began = 0.0
         self._saved: SavedRings | None = None
         self.proposed = self.accepted = 0
         for block in self._model.mtp[:1]:
@@ -87,16 +112,11 @@ class Speculator:
         """A draft for each decoding sequence; without tokens where nothing is worth proposing."""
         self._began, self._saved = time.perf_counter(), None
         drafts = [Draft(s, self._room(s)) for s in sequences]
-        by_mtp = [d for d in drafts if d.room and self._in_step(d.sequence)] if self._most else []
-        self._pace = self._paces.setdefault(len(sequences).bit_length(), Pace(self._most, self._acceptance))
-        self._depth = self._pace.choose() if by_mtp else self._pace.idle()
-        self._idle = 0 if self._depth else self._idle + 1
-        if self._depth:
-            self._save(drafts)  # MTP's own window too is written where drafts go
-            self._draft_by_mtp(by_mtp)
+        if not self._look_up(drafts):
+            self._ask_mtp(drafts)
         for draft in drafts:
             while len(draft.tokens) < draft.room and (token := draft.forced()) is not None:
-                draft.tokens.append(token)
+                draft.add(token)
             draft.look()
         if self._saved is None and any(d.tokens for d in drafts):
             self._save(drafts)
@@ -111,19 +131,26 @@ class Speculator:
             self.proposed += len(draft.tokens)
             self.accepted += count
             if draft.by_mtp:
-                self._acceptance.saw(draft.by_mtp, min(count, draft.by_mtp))
+                self._mtp.saw(draft.by_mtp, min(count, draft.by_mtp))
+            if draft.by_lookup:
+                self._lookup.saw(draft.by_lookup, min(count, draft.by_lookup))
         if self._saved is not None:
             self._runner.cache.restore(self._saved, lost)
 
     def clock(self, drafts: Items[Draft]) -> None:
         """At a step's end: what it took, for the choice of the next ones."""
-        if max(d.by_mtp for d in drafts) == self._depth:
-            self._pace.took(self._depth, time.perf_counter() - self._began)
+        seconds = time.perf_counter() - self._began
+        mtp, lookup = self._pace(len(drafts))
+        depth, length = max(d.by_mtp for d in drafts), max(d.by_lookup for d in drafts)
+        if not length:
+            mtp.took(depth, seconds)
+        if not depth and length in lookup.choices:
+            lookup.took(length, seconds)
 
     @torch.inference_mode()
     def read(self, sequence: Sequence, start: int, streams: Tensor) -> None:
         """The model's final streams [n, h, D] of a sequence's tokens from `start` on, which are certain."""
-        if not self._most:
+        if len(self._depths) == 1:
             return
         unread, is_prompt = sequence.unread, sequence.status is Status.PREFILL
         if is_prompt and _LAG <= self._idle < AGAIN:
@@ -163,12 +190,47 @@ class Speculator:
             pairs += [(draft.sequence.slot, draft.sequence.computed + 1 + k) for k in range(self._room(draft.sequence))]
         self._saved = self._runner.cache.save([slot for slot, _ in pairs], [at for _, at in pairs])
 
-    def _draft_by_mtp(self, drafts: list[Draft]) -> None:
+    def _pace(self, batch: int) -> tuple[Pace, Pace]:
+        fresh = Pace(self._depths, self._mtp), Pace(self._lengths, self._lookup)
+        return self._paces.setdefault(batch.bit_length(), fresh)
+
+    def _look_up(self, drafts: list[Draft]) -> bool:
+        """Propose what the text itself suggests, where that has paid; False where nothing is."""
+        found = []
+        for draft in drafts:
+            sequence = draft.sequence
+            if sequence.lookup is None:
+                sequence.lookup = Lookup(sequence.request.prompt_token_ids)
+            lookup = sequence.lookup
+            lookup.extend(sequence.output[lookup.grown :])
+            found.append(lookup.propose(draft.room))
+        length = self._pace(len(drafts))[1].choose() if any(found) else 0
+        for draft, tokens in zip(drafts, found, strict=True):
+            for token in tokens[:length]:
+                if len(draft.tokens) == draft.room or not draft.allows(token):
+                    break
+                draft.add(token)
+            draft.by_lookup = len(draft.tokens)
+        return any(d.tokens for d in drafts)
+
+    def _ask_mtp(self, drafts: list[Draft]) -> None:
+        able = [d for d in drafts if d.room and self._in_step(d.sequence)] if len(self._depths) > 1 else []
+        pace, depth = self._pace(len(drafts))[0], 0
+        if able:
+            depth = pace.choose()
+        else:
+            pace.idle()
+        self._idle = 0 if depth else self._idle + 1
+        if depth:
+            self._save(drafts)  # MTP's own window too is written where drafts go
+            self._draft_by_mtp(able, depth)
+
+    def _draft_by_mtp(self, drafts: list[Draft], depth: int) -> None:
         unread = [u for d in drafts if (u := d.sequence.unread) is not None]
         out = self._feed([d.sequence for d in drafts], unread)
         for draft, u in zip(drafts, unread, strict=True):
             draft.sequence.unread = Unread(u.end, u.streams[:0])
-        for k in range(self._depth):
+        for k in range(depth):
             if k:
                 reads = [Unread(d.sequence.computed + k - 1, row) for d, row in zip(drafts, out.split(1), strict=True)]
                 out = self._feed([d.sequence for d in drafts], reads, [[d.tokens[-1]] for d in drafts])
@@ -192,7 +254,7 @@ class Speculator:
                 tokens[i] = draw.token
         for draft, token in zip(drafts, tokens, strict=True):
             if token is not None:
-                draft.tokens.append(token)
+                draft.add(token)
                 draft.by_mtp += 1
 
     def _feed(self, sequences: list[Sequence], reads: list[Unread], next_ids: list[list[int]] | None = None) -> Tensor:
