@@ -16,6 +16,7 @@ from upwell import LLM, SamplingParams
 from upwell.engine import StructuredOutputs, Tokenizer, speculative
 from upwell.engine.lookup import Lookup
 from upwell.engine.pace import Acceptance, Pace
+from upwell.engine.sampler import Draw, sample
 from upwell.errors import EngineError, InputError
 from upwell.model import KVCache, Step, Transformer
 
@@ -38,23 +39,35 @@ def model() -> Transformer:
     return made
 
 
+Answers = dict[tuple[tuple[int, ...], int], list[int]]  # by prompt and index: what will be written
+
+
 @pytest.fixture
-def drafting(monkeypatch: pytest.MonkeyPatch, model: Transformer) -> None:
-    """Every step drafts by MTP as deep as it can, and two of three drafts are the model's own greedy choice."""
+def drafting(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """Every step drafts by MTP as deep as it can. A random MTP is never right: where the answer is given, two of three
+    of its drafts are replaced by what the model will say."""
     monkeypatch.setattr(speculative, "Pace", Always)
     monkeypatch.setattr(speculative, "_LOOKUPS", (0,))
-    real, count = model.draft_logits, [0]
+    answers: Answers = {}
+    count = [0]
 
-    def logits(streams: torch.Tensor, depth: int = 0) -> torch.Tensor:
-        out = real(streams, depth)
-        # The streams after the drafts before it say what comes next, near enough to be right quite often.
-        for row, own in zip(out, model.logits(streams), strict=True):
+    def drafts(logits: Any, sequences: Any, allowed: Any, ahead: Any, **options: Any) -> list[Draw]:
+        drawn = sample(logits, sequences, allowed, ahead, **options)
+        for k, (sequence, tokens) in enumerate(zip(sequences, ahead, strict=True)):
+            answer = answers.get((tuple(sequence.request.prompt_token_ids), sequence.index), [])
+            at = len(sequence.output) + len(tokens)
             count[0] += 1
-            if count[0] % 3:
-                row.copy_(own)
-        return out
+            if count[0] % 3 and at < len(answer):
+                drawn[k] = Draw(answer[at], None)
+        return drawn
 
-    monkeypatch.setattr(model, "draft_logits", logits)
+    monkeypatch.setattr(speculative, "sample", drafts)
+    return answers
+
+
+def remember(answers: Answers, prompts: list[list[int]], outputs: list[list[list[int]]]) -> None:
+    for prompt, completions in zip(prompts, outputs, strict=True):
+        answers |= {(tuple(prompt), k): output for k, output in enumerate(completions)}
 
 
 def llm_of(model: Transformer, drafts: int, **options: Any) -> LLM:
@@ -79,8 +92,9 @@ PROMPTS = [ids(n, n) for n in (1, 126, 250)]  # over a window, an HCA entry and 
     [{}, {"temperature": 0.4, "seed": 4}, {"temperature": 1.0, "seed": 5, "top_p": 0.9, "presence_penalty": 1.0}],
     ids=["greedy", "cool", "penalties"],
 )
-def test_mtp_changes_no_token(model: Transformer, drafting: None, params: dict[str, Any]) -> None:
+def test_mtp_changes_no_token(model: Transformer, drafting: Answers, params: dict[str, Any]) -> None:
     expected = tokens(llm_of(model, 0), PROMPTS, **params)
+    remember(drafting, PROMPTS, expected)
     llm = llm_of(model, 3)
     assert [tokens(llm, [prompt], **params)[0] for prompt in PROMPTS] == expected
     assert tokens(llm, PROMPTS, **params) == expected
@@ -100,9 +114,10 @@ def test_lookups_change_no_token(model: Transformer, monkeypatch: pytest.MonkeyP
     assert llm.engine.stats().draft_accepted > 0
 
 
-def test_with_preemption_forks_and_the_prefix_cache(model: Transformer, drafting: None) -> None:
+def test_with_preemption_forks_and_the_prefix_cache(model: Transformer, drafting: Answers) -> None:
     prompts, params = [ids(250, k) for k in range(3)], {"seed": 3, "temperature": 1.0, "n": 2, "max_tokens": 12}
     expected = tokens(llm_of(model, 0, max_num_seqs=8), prompts, **params)
+    remember(drafting, prompts, expected)
     tight = llm_of(model, 3, max_num_seqs=5, cache_tokens=6 * 256)
     assert tokens(tight, prompts, **params) == expected
     assert tight.engine.stats().preemptions > 0
@@ -118,7 +133,7 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def test_structured_output_and_what_it_forces(model: Transformer, drafting: None) -> None:
+def test_structured_output_and_what_it_forces(model: Transformer, drafting: Answers) -> None:
     def texts(llm: LLM) -> list[str]:
         params = SamplingParams(seed=7, n=4, max_tokens=200, structured_outputs=StructuredOutputs(json=SCHEMA))
         outputs = llm.generate("x", params)[0].outputs
@@ -155,11 +170,12 @@ def test_forced_tokens_cost_no_step_and_stops_hold(model: Transformer) -> None:
     assert not llm.engine.has_work
 
 
-def test_the_sampled_distribution(model: Transformer, drafting: None) -> None:
+def test_the_sampled_distribution(model: Transformer, drafting: Answers) -> None:
     """Three tokens of four kinds, drawn 600 times: chi-square against the model's own probabilities."""
     kinds, prompt = [30, 40, 50, 60], ids(20, 5)
     llm = llm_of(model, 3, max_num_seqs=32, cache_tokens=32 * 256)
     counts: Counter[tuple[int, ...]] = Counter()
+    drafting |= {(tuple(prompt), k): [30, 40, 30] for k in range(100)}  # drafts that know nothing of the random numbers
     for seed in range(6):
         params = SamplingParams(temperature=3.0, seed=seed, n=100, max_tokens=3, ignore_eos=True)
         output = llm.generate({"prompt_token_ids": prompt}, params, token_mask=lambda out: kinds)[0]
