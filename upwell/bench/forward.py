@@ -47,12 +47,13 @@ class Ours:
     def decode(self, ids: Tensor, steps: int, room: int = 8192) -> Callable[[], None]:
         length = ids.shape[1]
         extend, logits = self._prefilled(ids, length + room)
-        state = [length, logits.argmax(-1, keepdim=True)]
+        last = logits.argmax(-1, keepdim=True)
 
         def run() -> None:
+            nonlocal length, last
             for _ in range(steps):
-                state[1] = extend(state[1], int(state[0])).argmax(-1, keepdim=True)
-                state[0] += 1
+                last = extend(last, length).argmax(-1, keepdim=True)
+                length += 1
 
         return run
 

@@ -136,8 +136,8 @@ def _table(bench: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "samples" in row:
             ratio = f"{row['ratio']:.1f}x" if "ratio" in row else ""
-            numbers = (row["tokens_per_second"], min(row["samples"]), max(row["samples"]))
-            speeds.append([row["name"], *(f"{n:,.0f}" for n in numbers), ratio])
+            three = (row["tokens_per_second"], min(row["samples"]), max(row["samples"]))
+            speeds.append([row["name"], *(f"{n:,.0f}" for n in three), ratio])
         else:
             times.append([row["name"], *(f"{1000 * row[key]:,.2f}" for key in ("p50", "p99", "most"))])
         if "p99_over_median_before" in row:
