@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "serve a model by OpenAI's API",
     "run": "continue a prompt",
     "chat": "talk to a model",
+    "bench": "measure prefill, decode or serving",
     "inspect": "show a model's layers, parameters, bytes and cache",
 }
 

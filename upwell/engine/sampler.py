@@ -8,6 +8,7 @@ the same token whatever else is in the batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from upwell.engine.outputs import TokenLogprob
+from upwell.engine.params import Allowed, SamplingParams
 from upwell.engine.sequence import Sequence
 
 _CANDIDATES = 1024  # best tokens that top_p looks at first
@@ -30,52 +32,70 @@ class Draw:
     logprob: TokenLogprob | None
 
 
-def sample(logits: Tensor, sequences: Items[Sequence], allowed: Items[Items[int] | None]) -> list[Draw]:
-    """One token a row: logits [B, V] FP32 (edited in place) and the ids allowed (None: all), row b of sequences[b].
+def sample(
+    logits: Tensor, sequences: Items[Sequence], allowed: Items[Allowed], ahead: Items[Items[int]] | None = None,
+    logprobs: bool = True,
+) -> list[Draw]:  # fmt: skip
+    """One token a row: logits [B, V] FP32 (edited in place), and what may come; row b of sequences[b].
+
+    Row b is the token after ahead[b], tokens that the sequence doesn't have yet; None: the next of each.
 
     Greedy ties go to the lowest id.
     """
-    for row, sequence, ids in zip(logits, sequences, allowed, strict=True):
-        _edit(row, sequence, ids)
+    ahead = [()] * len(sequences) if ahead is None else ahead
+    for row, sequence, ids, tokens_ahead in zip(logits, sequences, allowed, ahead, strict=True):
+        _edit(row, sequence, ids, tokens_ahead)
     tokens = logits.argmax(dim=-1)
     drawn = [b for b, s in enumerate(sequences) if not s.params.is_greedy]
     if drawn:
         rows = logits if len(drawn) == len(sequences) else logits[drawn]
-        tokens[drawn] = _draw(rows, [sequences[b] for b in drawn])
+        uniforms = [sequences[b].uniform(len(ahead[b])) for b in drawn]
+        tokens[drawn] = _draw(rows, [sequences[b].params for b in drawn], uniforms)
     chosen = tokens.tolist()
-    logprobs = _logprobs(logits, chosen, sequences)
-    return [Draw(token, logprobs.get(b)) for b, token in enumerate(chosen)]
+    entries = _logprobs(logits, chosen, sequences) if logprobs else {}
+    return [Draw(token, entries.get(b)) for b, token in enumerate(chosen)]
 
 
-def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | None) -> None:
+def _edit(row: Tensor, sequence: Sequence, allowed: Allowed, ahead: Items[int]) -> None:
     """Penalties, bias, minimum length and mask, in place: row [V]."""
     params = sequence.params
+    seen_counts = sequence.counts + Counter(ahead) if ahead else sequence.counts
     if params.repetition_penalty != 1.0:
-        seen = _ids(set(sequence.request.prompt_token_ids) | sequence.counts.keys(), row)
+        seen = _ids(set(sequence.request.prompt_token_ids) | seen_counts.keys(), row)
         old = row[seen]
         row[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    if sequence.counts and (params.presence_penalty or params.frequency_penalty):
-        counts = torch.tensor(list(sequence.counts.values()), dtype=row.dtype, device=row.device)
-        row[_ids(sequence.counts, row)] -= params.presence_penalty + params.frequency_penalty * counts
+    if seen_counts and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.tensor(list(seen_counts.values()), dtype=row.dtype, device=row.device)
+        row[_ids(seen_counts, row)] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         bias = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
         row[_ids(params.logit_bias, row)] += bias
-    if sequence.end_ids and len(sequence.output) + 1 < params.min_tokens:
-        row[_ids(sequence.end_ids, row)] = _NEVER
-    if allowed is not None:
+    if isinstance(allowed, Tensor):
+        row.masked_fill_(~_unpacked(allowed.to(row.device), len(row)), _NEVER)
+    elif allowed is not None:
         ids = _ids(allowed, row)
         kept = row[ids]
         row.fill_(_NEVER)
         row[ids] = kept
+    if sequence.end_ids and len(sequence.output) + len(ahead) + 1 < params.min_tokens:
+        ends = _ids(sequence.end_ids, row)
+        kept = row[ends]
+        row[ends] = _NEVER
+        if allowed is not None and row.max() == _NEVER:  # a grammar at its end knows no minimum
+            row[ends] = kept
+
+
+def _unpacked(bits: Tensor, vocab: int) -> Tensor:
+    """INT32 [ceil(vocab / 32)], lowest bit first -> bool [vocab]."""
+    return (bits[:, None] >> torch.arange(32, dtype=torch.int32, device=bits.device) & 1).flatten()[:vocab].bool()
 
 
 def _ids(ids: Iterable[int], row: Tensor) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.long, device=row.device)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
     """Tokens [R] at each row's temperature, truncated by its min_p, top_k and top_p (in this order)."""
-    params = [s.params for s in sequences]
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device).unsqueeze(1)
@@ -91,7 +111,7 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     # Cumulated in FP64: 129,280 FP32 terms would lose the rare tokens.
     cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    uniform = torch.tensor([s.rng.random() for s in sequences], dtype=torch.float64, device=logits.device).unsqueeze(1)
+    uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
     target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
     # The first token whose cumulated probability exceeds the target: never one of probability 0.
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)

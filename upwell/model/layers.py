@@ -25,11 +25,23 @@ class Linear(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("scale", None)
         self.quantize_input = False
+        self._decoded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantize_input:
             x = fake_fp8(x, 128)
+        if self._decoded is not None and not torch.is_grad_enabled():
+            return torch.nn.functional.linear(x, self._decoded)
         return linear(x, self.weight, self.scale)
+
+    def keep_decoded(self, dtype: torch.dtype) -> None:
+        """Hold the weight decoded too, for products that are small and many. Inputs must have this dtype."""
+        packed = self.scale is not None
+        self._decoded = self.dense(dtype).detach() if packed else None
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        self._decoded = None
+        return super()._apply(fn, recurse)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight decoded to [out, in] of `dtype`."""

@@ -145,17 +145,33 @@ class Transformer(nn.Module):
 
         Returns logits [B*S, V] for the token after next, and the block's streams.
         """
-        block = self.mtp[depth]
-        assert isinstance(block, MTPBlock)
-        plain, _ = self._ropes(next_ids, step)
+        out = self.draft_streams(next_ids, streams, cache, step, depth)
+        return self.draft_logits(out, depth), out
+
+    def draft_logits(self, streams: Tensor, depth: int = 0) -> Tensor:
+        """An MTP block's streams [T, h, D] -> logits [T, V], FP32."""
+        if (plan := compiled.plan(self)) is not None:
+            return compiled.run_head(plan, streams, self.config.vocab_size, mtp=depth)
+        block = self._mtp_block(depth)
+        return self._head(block.norm(block.hc_head(streams)))
+
+    def draft_streams(
+        self, next_ids: Tensor, streams: Tensor, cache: KVCache | None = None, step: Step | None = None, depth: int = 0
+    ) -> Tensor:
+        """What MTP block `depth` makes of the streams and the tokens after them: streams [B*S, h, D]."""
+        block = self._mtp_block(depth)
         joined = block.join(self.embed(next_ids).flatten(0, 1), streams)
-        served = False
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
             out = joined.contiguous()
-            served = compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth)
-        if not served:
-            out = block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step)
-        return self._head(block.norm(block.hc_head(out))), out
+            if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth):
+                return out
+        plain, _ = self._ropes(next_ids, step)
+        return block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step)
+
+    def _mtp_block(self, depth: int) -> MTPBlock:
+        block = self.mtp[depth]
+        assert isinstance(block, MTPBlock)
+        return block
 
     def _head(self, x: Tensor) -> Tensor:
         if self.numerics == "official":
