@@ -36,14 +36,18 @@ class OpenTable:
     notes: tuple[str, ...] = ()  # what had to be mended or chosen, for the user to know
 
 
-def open_table(path: str | os.PathLike[str], table: str | None = None) -> OpenTable:
+def open_table(
+    path: str | os.PathLike[str], table: str | None = None, memory_limit: str | None = None
+) -> OpenTable:
     """Load a file (`table`: which table of a database or sheet of a workbook).
+
+    `memory_limit`, as DuckDB writes it ("1GB"), holds for the table and its queries; None: DuckDB's own.
 
     Raises DataError, in one line, when there is no table to be had from it.
     """
     path = Path(path)
     kind = file_kind(path)
-    connection = connect()
+    connection = connect(memory_limit)
     notes: list[str] = []
     name = path.name.split(".")[0]
     try:
@@ -69,16 +73,14 @@ def open_table(path: str | os.PathLike[str], table: str | None = None) -> OpenTa
     return OpenTable(path, connection, profile, tuple(notes))
 
 
-def connect() -> Connection:
+def connect(memory_limit: str | None = None) -> Connection:
     """An in-memory database that never spills beside the user's files nor loads extensions."""
-    return duckdb.connect(
-        ":memory:",
-        config={
-            "temp_directory": "",
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-        },
-    )
+    config = {
+        "temp_directory": "",
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+    return duckdb.connect(":memory:", config=config | ({"memory_limit": memory_limit} if memory_limit else {}))
 
 
 def seal(connection: Connection) -> None:
