@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -76,10 +77,10 @@ class Browser:
     def call(self, module: str, expression: str, *arguments: Any) -> Any:
         """An expression over `m`, a module of the page, and `a`, the arguments; awaited."""
         script = (
-            "const [path, text, a, done] = arguments;"
-            "import(path).then((m) => eval(text)).then((v) => done({v}), (e) => done({e: String(e)}))"
-        ).replace("eval(text)", f"({expression})")
-        answer = self.driver.execute_async_script(script, f"/web/{module}", expression, list(arguments))
+            "const [path, a, done] = arguments;"
+            f"import(path).then((m) => ({expression})).then((v) => done({{v}}), (e) => done({{e: String(e)}}))"
+        )
+        answer = self.driver.execute_async_script(script, f"/assets/{module}", list(arguments))
         assert "e" not in answer, answer["e"]
         return answer.get("v")
 
@@ -100,10 +101,11 @@ class Browser:
         self.wait(lambda: text in self.text(selector), f"{text!r} in {selector}")
 
     def wait(self, ready: Callable[[], Any], what: str = "") -> Any:
-        from selenium.common.exceptions import StaleElementReferenceException as Stale
-
-        wait = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05, ignored_exceptions=[Stale])
-        return wait.until(lambda _: ready(), f"never there: {what}; the page: {self.text('body')[:2000]}" if what else "")
+        wait = WebDriverWait(self.driver, PATIENCE, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        try:
+            return wait.until(lambda _: ready())
+        except TimeoutException:
+            pytest.fail(f"never there: {what}\nthe page: {self.text('body')[:2000]}")
 
     def complaints(self) -> list[str]:
         """Errors of scripts and broken policies since the last time. A refused request alone is none."""

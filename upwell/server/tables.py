@@ -30,7 +30,7 @@ from upwell.errors import DataError, QueryError, QueueFullError, UpwellError
 if TYPE_CHECKING:
     from upwell.engine import LLM
 
-MAX_UPLOAD = 64 << 20  # bytes
+MAX_UPLOAD = 32 << 20  # bytes
 MAX_UNPACKED = 512 << 20  # bytes that a workbook, which is a zip file, may say it holds
 MAX_CELL = 100_000  # characters
 MAX_TABLES = 16
@@ -86,10 +86,15 @@ class Turns:
 
 
 class Tables:
-    """The uploaded tables, and upwell-nano to read questions about them. For use by many threads."""
+    """The uploaded tables, and a model (the embedded one, loaded at the first upload) that reads questions about them.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    For use by many threads.
+    """
+
+    def __init__(
+        self, load: Callable[[], LLM] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._load, self._clock = load or _nano, clock
         self._by_id: OrderedDict[str, Uploaded] = OrderedDict()  # the longest unused first
         self._lock = threading.Lock()
         self._loading, self._asking = Turns(MAX_WAITING), Turns(MAX_WAITING)
@@ -147,12 +152,15 @@ class Tables:
             del self._by_id[table_id]
 
     def _llm(self) -> LLM:
-        """The embedded model, loaded at the first upload."""
         if self._planner is None:
-            from upwell.engine import LLM
-
-            self._planner = LLM(device="cpu")
+            self._planner = self._load()
         return self._planner
+
+
+def _nano() -> LLM:
+    from upwell.engine import LLM
+
+    return LLM(device="cpu")
 
 
 def _choices(path: Path) -> list[str]:

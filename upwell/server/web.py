@@ -71,10 +71,10 @@ class Assets(StaticFiles):
         return _guarded(await super().get_response(path, scope), path)
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, tables: Tables | None = None) -> None:
     """Add the page and its endpoints to the app."""
-    app.include_router(_router(Tables()))
-    app.mount("/web", Assets(directory=FILES), name="web")
+    app.include_router(_router(tables or Tables()))
+    app.mount("/assets", Assets(directory=FILES), name="assets")
 
 
 def _router(tables: Tables) -> APIRouter:

@@ -26,7 +26,7 @@ function badge(answer) {
 }
 
 function query(answer, runQuery, result) {
-  const box = h("textarea", { class: "mono", "aria-label": t("sql"), spellcheck: "false", rows: Math.min(12, answer.sql.split("\n").length + 1) });
+  const box = h("textarea", { class: "mono", "aria-label": t("sql"), spellcheck: "false", rows: Math.min(12, answer.sql.split("\n").length) });
   box.value = answer.sql;
   const button = h("button", { type: "submit" }, t("run"));
   const form = h("form", { onsubmit: run }, box, h("div", { class: "row" }, button, h("small", { class: "muted" }, t("sqlNote"))));

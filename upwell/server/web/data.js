@@ -6,7 +6,7 @@ import { h } from "./dom.js";
 import { errorText } from "./errors.js";
 import { number, t } from "./i18n.js";
 
-const MAX_BYTES = 64 * 2 ** 20; // what the server takes; said here before the upload
+const MAX_BYTES = 32 * 2 ** 20; // what the server takes; said here before the upload
 const ACCEPT = ".csv,.tsv,.txt,.gz,.parquet,.pq,.json,.jsonl,.ndjson,.xlsx,.xls,.xlsm,.xlsb,.ods,.db,.sqlite,.sqlite3";
 
 let file = null; // the browser's File: it can be sent again
@@ -17,6 +17,7 @@ let draft = "";
 const answers = []; // the newest first
 let cards = new Map(); // by answer: a card stays as it is when others come
 let root;
+let input; // stays the same element: it shows the file's name
 
 export function mount(element) {
   root = element;
@@ -29,8 +30,11 @@ export function mount(element) {
   root.ondrop = (event) => {
     event.preventDefault();
     root.classList.remove("over");
-    if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
+    if (!event.dataTransfer.files.length || busy) return;
+    input.files = event.dataTransfer.files;
+    take(input.files[0]);
   };
+  input = h("input", { type: "file", id: "file", accept: ACCEPT, onchange: () => input.files.length && take(input.files[0]) });
   drawAll();
 }
 
@@ -96,10 +100,11 @@ async function during(what, act) {
 }
 
 function drawAll() {
+  input.disabled = busy !== "";
   root.replaceChildren(
     h("div", { class: "card" },
       h("label", { for: "file" }, h("strong", {}, t("chooseFile"))),
-      h("input", { type: "file", id: "file", accept: ACCEPT, disabled: busy !== "", onchange: (event) => event.target.files.length && take(event.target.files[0]) }),
+      input,
       h("p", { class: "muted" }, t("fileNote")),
       table && tableElement()),
     table ? questionForm() : "",

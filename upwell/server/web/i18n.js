@@ -16,7 +16,7 @@ function wanted() {
 }
 
 export async function loadWords(chosen = wanted()) {
-  const answer = await fetch(`/web/i18n/${chosen}.json`);
+  const answer = await fetch(`/assets/i18n/${chosen}.json`);
   if (!answer.ok) throw new Error(`i18n/${chosen}.json: ${answer.status}`);
   words = await answer.json();
   current = chosen;
