@@ -1,4 +1,4 @@
-"""Debian's Chromium without a window, driven by selenium; used by test_web.py.
+"""Debian's Chromium without a window, driven by selenium; used by the web page's tests.
 
 Where it isn't installed, tests are skipped, but not in CI: there they fail.
 """
@@ -17,10 +17,11 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-PATIENCE = 60  # seconds, for a busy machine
+PATIENCE = 120  # seconds, for a busy machine
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-default-browser-check",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -116,3 +117,15 @@ class Browser:
         """The addresses asked for since the last time."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+
+    def say(self, text: str) -> None:
+        """Send a chat message."""
+        self.one("#composer").send_keys(text, Keys.ENTER)
+
+    def inert(self) -> None:
+        """Nothing that was smuggled in runs, loads, or leads to a script."""
+        assert self.js("return window.pwned") is None
+        smuggled = "main :is(img, script, iframe, object, embed, [onerror], [onload])"
+        assert self.js("return document.querySelectorAll(arguments[0]).length", smuggled) == 0
+        links = self.js("return [...document.querySelectorAll('main a')].map((a) => a.protocol)")
+        assert set(links) <= {"http:", "https:", "mailto:"}

@@ -43,7 +43,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def client(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    """The page's endpoints, without a model: no question is asked here (test_web.py asks the real one)."""
+    """The page's endpoints, without a model: no question is asked here (test_web_data.py asks the real one)."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     app = FastAPI()
     errors.install(app)
@@ -133,7 +133,8 @@ def test_every_format(client: TestClient, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(
     "sql",
     [
-        "DROP TABLE t", "INSERT INTO t SELECT * FROM t", "SELECT 1; SELECT 2", "COPY t TO '/tmp/stolen'", "PRAGMA version",
+        "DROP TABLE t", "INSERT INTO t SELECT * FROM t", "SELECT 1; SELECT 2", "COPY t TO '/tmp/stolen'",
+        "PRAGMA version",
         "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'", "SELECT getenv('HOME')",
         "SET memory_limit = '1TB'", "ATTACH '/tmp/x.db'", "INSTALL httpfs", "SELECT", "", "no such thing",
         "SELECT nothing FROM t", "SELECT " + "(" * 4000 + "1" + ")" * 4000, "x" * 20_000,
@@ -189,7 +190,8 @@ def test_uploads_that_are_no_tables(client: TestClient, tmp_path: Path, monkeypa
         assert name in message and str(tmp_path) not in message, message
     huge = b'note,n\n"' + b"x" * (tables.MAX_CELL + 1) + b'",1\n'
     assert "'note' has a cell of 100001 characters" in refused(upload(client, "h.csv", huge), 400)
-    plain = client.post("/api/tables", params={"filename": "x.csv"}, content=b"a\n1\n", headers={"content-type": "text/plain"})
+    headers = {"content-type": "text/plain"}
+    plain = client.post("/api/tables", params={"filename": "x.csv"}, content=b"a\n1\n", headers=headers)
     assert "application/octet-stream" in refused(plain, 400)
     assert "filename" in refused(client.post("/api/tables", content=b"a\n1\n"), 400)
     monkeypatch.setattr(web, "MAX_UPLOAD", 1 << 20)
@@ -205,8 +207,11 @@ def test_uploads_that_are_no_tables(client: TestClient, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("given", "shown"),
-    [("../../etc/passwd.csv", "passwd.csv"), ("C:\\data\\x.csv", "x.csv"), ("..", "table"), ("销售 2024.csv", "销售 2024.csv"),
-     ("<img src=x>.csv", "_img src_x_.csv"), ("a" * 300 + ".csv", "a" * 40 + ".csv"), ("a\x00b*[1].csv", "a_b__1_.csv")],
+    [
+        ("../../etc/passwd.csv", "passwd.csv"), ("C:\\data\\x.csv", "x.csv"), ("..", "table"),
+        ("销售 2024.csv", "销售 2024.csv"), ("<img src=x>.csv", "_img src_x_.csv"),
+        ("a" * 300 + ".csv", "a" * 40 + ".csv"), ("a\x00b*[1].csv", "a_b__1_.csv"),
+    ],
 )  # fmt: skip
 def test_a_file_name_stays_a_name(client: TestClient, given: str, shown: str) -> None:
     answer = upload(client, given, b"city,n\nBern,1\n")
@@ -264,7 +269,8 @@ def test_vendored_files_are_what_is_said() -> None:
 
 
 def test_both_languages_say_everything() -> None:
-    english, chinese = (json.loads((web.FILES / "i18n" / f"{k}.json").read_text(encoding="utf-8")) for k in ("en", "zh"))
+    folder = web.FILES / "i18n"
+    english, chinese = (json.loads((folder / f"{k}.json").read_text(encoding="utf-8")) for k in ("en", "zh"))
     assert english.keys() == chinese.keys()
     for key, text in english.items():
         assert sorted(re.findall(r"\{\w+\}", text)) == sorted(re.findall(r"\{\w+\}", chinese[key])), key

@@ -13,6 +13,7 @@ const DRAW_EVERY = 50; // ms, while a reply streams
 const kept = conversations();
 let current = kept[0] ?? newConversation();
 let running = null; // {conversation, message, controller}
+let drawing = null; // the timer by which what came is drawn
 let box, log, sendButton, side;
 
 export function mount(root) {
@@ -68,15 +69,11 @@ async function reply(conversation) {
   drawSide();
   drawLog(true);
   const started = performance.now();
-  let drawn = 0;
   try {
     const model = settings.model || (await modelNames())[0];
     for await (const chunk of chatChunks(requestBody(conversation, settings, model), controller.signal)) {
       accept(message, chunk);
-      if (performance.now() - drawn > DRAW_EVERY) {
-        drawLast();
-        drawn = performance.now();
-      }
+      drawing ??= setTimeout(drawLast, DRAW_EVERY);
     }
   } catch (error) {
     if (controller.signal.aborted) message.stopped = true;
@@ -85,6 +82,8 @@ async function reply(conversation) {
   message.tool_calls = message.tool_calls.filter(Boolean);
   message.seconds = (performance.now() - started) / 1000;
   running = null;
+  clearTimeout(drawing);
+  drawing = null;
   saveConversations(kept);
   drawLog();
 }
@@ -121,6 +120,7 @@ function drawLog(toEnd = false) {
 
 /** The message that streams, drawn anew; the others stay. */
 function drawLast() {
+  drawing = null;
   if (running?.conversation !== current) return;
   const follow = atEnd();
   log.lastElementChild.replaceWith(element(running.message, current.messages.length - 1));
