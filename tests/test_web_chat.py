@@ -75,7 +75,8 @@ def test_errors_are_shown_and_tried_again(browser: Browser, site: Site) -> None:
     browser.see("the queue is full (try again in a moment)", ".error")
     browser.button("Try again").click()
     busy = {"role": "user", "content": "busy"}
-    browser.wait(lambda: [b["messages"] for b in site.bodies].count([busy]) == 2 and browser.all(".error"), "a second try")
+    browser.wait(lambda: [b["messages"] for b in site.bodies].count([busy]) == 2, "a second try")
+    browser.see("the queue is full", ".error")
     browser.button("New conversation").click()
     browser.say("break")
     browser.see("the model failed", ".error")

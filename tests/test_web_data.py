@@ -87,10 +87,10 @@ def test_a_forgotten_table_is_sent_again(browser: Browser, served: str) -> None:
     used = browser.js("return JSON.parse(window.asked.at(-1)[1].body).table")
     assert httpx.delete(f"{served}/api/tables/{used}").status_code == 204
     browser.button("Run").click()
-    browser.see("The result of the query as it stands above.")
+    browser.see("The result of the query as you changed it")
     assert browser.js("return JSON.parse(window.asked.at(-1)[1].body).table") != used
     browser.one("#question").send_keys(" ", Keys.ENTER)  # nothing to ask
-    assert len(browser.all(".answer")) == 1
+    assert len(browser.all("article.answer")) == 1
 
 
 def test_a_file_that_is_no_table(browser: Browser, served: str, tmp_path: Path) -> None:

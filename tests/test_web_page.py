@@ -44,9 +44,9 @@ def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
 
     focused = "const e = document.activeElement; return e.id || e.dataset.view || e.className"
     assert browser.js(focused) == "composer"
-    browser.js("document.activeElement.blur()")
-    order = []
-    for _ in range(8):
+    browser.js("document.querySelector('a, button, input').focus()")
+    order = [browser.js(focused)]
+    for _ in range(7):
         press(Keys.TAB)
         order.append(browser.js(focused))
     assert order == ["skip", "chat", "data", "status", "settings-button", "theme-button", "language", "help-button"]
@@ -95,11 +95,15 @@ def test_dark_and_light(browser: Browser, site: Site) -> None:
 
 def test_sums_of_metrics(browser: Browser, site: Site) -> None:
     browser.open(site.url)
-    before = 'a{x="1"} 1\na{x="2"} 2\nb_bucket{le="1"} 1\nb_bucket{le="+Inf"} 1'
-    after = 'a{x="1"} 4\na{x="2"} 5 1700000000\nb_bucket{le="1"} 3\nb_bucket{le="2"} 7\nb_bucket{le="+Inf"} 7\n# a 9\n?'
-    expression = "[m.growth(...a.map(m.parseMetrics), 'a'), m.growth(...a.map(m.parseMetrics).reverse(), 'a')," \
-                 "m.growth(...a.map(m.parseMetrics), 'c'), m.quantileBetween(...a.map(m.parseMetrics), 'b', 0.5)]"  # fmt: skip
-    # Since the first scrape 2 fell into (0, 1] and 4 into (1, 2]: the third of six is a quarter into the second.
+    before = 'a{x="1"} 1\na{x="2"} 2\nb_bucket{le="1"} 1\nb_bucket{le="2"} 1\nb_bucket{le="+Inf"} 1'
+    after = (
+        'a{x="1"} 4\na{x="2"} 5 1700000000\n# a 9\n?\n'
+        'b_bucket{le="1"} 3\nb_bucket{le="2"} 7\nb_bucket{le="+Inf"} 7'
+    )
+    both = "...a.map(m.parseMetrics)"
+    sums = f"m.growth({both}, 'a'), m.growth({both}.reverse(), 'a'), m.growth({both}, 'c')"
+    expression = f"[{sums}, m.quantileBetween({both}, 'b', 0.5)]"
+    # Since the first scrape 2 fell into (0, 1] and 4 into (1, 2]: the third of six is a quarter into the latter.
     assert browser.call("prometheus.js", expression, before, after) == [6, 3, None, 1.25]
 
 

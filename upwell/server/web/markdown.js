@@ -22,7 +22,7 @@ function blocks(lines, depth) {
   const made = [];
   let paragraph = [];
   const close = () => {
-    if (paragraph.length) made.push(h("p", {}, inline(paragraph.join("\n"))));
+    if (paragraph.length) made.push(h("p", {}, inline(paragraph.join("\n").trimEnd())));
     paragraph = [];
   };
   for (let k = 0; k < lines.length;) {
@@ -63,7 +63,7 @@ function blocks(lines, depth) {
       made.push(element);
       k = next;
     } else {
-      paragraph.push(line.trim());
+      paragraph.push(line.trimStart());
       k += 1;
     }
   }
