@@ -235,7 +235,7 @@ def load_sqlite(connection: Connection, path: Path, table: str | None, notes: li
                 copy_table(database, picked, connection, Path(folder), notes)
             finally:
                 database.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # damaged files, or names that are no text
             raise DataError(f"{path} can't be read as SQLite: {error}") from error
     return picked
 

@@ -35,7 +35,7 @@ MAX_UNPACKED = 512 << 20  # bytes that a workbook, which is a zip file, may say 
 MAX_CELL = 100_000  # characters
 MAX_TABLES = 16
 KEEP = 3600.0  # seconds
-MEMORY_LIMIT = "1GB"  # of one table and its queries
+MEMORY_LIMIT = "512MB"  # of one table and its queries
 QUERY_SECONDS = 10.0
 MAX_WAITING = 8  # uploads and questions that may wait for their turn
 MAX_CHOICES = 50  # tables of a file that are offered, and tried
@@ -170,18 +170,18 @@ def _choices(path: Path) -> list[str]:
         try:
             with closing(sqlite3.connect(path.resolve().as_uri() + "?mode=ro&immutable=1", uri=True)) as database:
                 return table_names(database)[:MAX_CHOICES]
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             return []  # opening it says what is wrong
     if kind == "excel":
         import fastexcel
 
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > MAX_UNPACKED:
-                    raise DataError(f"{path} unpacks to more than {MAX_UNPACKED >> 20} MB")
         try:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if sum(entry.file_size for entry in archive.infolist()) > MAX_UNPACKED:
+                        raise DataError(f"{path} unpacks to more than {MAX_UNPACKED >> 20} MB")
             return list(fastexcel.read_excel(path).sheet_names)[:MAX_CHOICES]
-        except fastexcel.FastExcelError:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, fastexcel.FastExcelError):
             return []
     return []
 

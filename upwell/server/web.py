@@ -80,7 +80,7 @@ def install(app: FastAPI, tables: Tables | None = None) -> None:
 def _router(tables: Tables) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return _guarded(FileResponse(FILES / "index.html"), "index.html")
 

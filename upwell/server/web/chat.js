@@ -6,7 +6,7 @@ import { $, h } from "./dom.js";
 import { errorText } from "./errors.js";
 import { t } from "./i18n.js";
 import { messageElement } from "./message.js";
-import { conversations, saveConversations, settings } from "./store.js";
+import { conversations, forgetConversation, keepConversation, settings } from "./store.js";
 
 const DRAW_EVERY = 50; // ms, while a reply streams
 
@@ -63,6 +63,7 @@ function submit(event) {
 
 async function reply(conversation) {
   if (!kept.includes(conversation)) kept.unshift(conversation);
+  keepConversation(conversation); // with the question, should the page be left before the answer is whole
   const message = addAssistant(conversation);
   const controller = new AbortController();
   running = { conversation, message, controller };
@@ -84,7 +85,7 @@ async function reply(conversation) {
   running = null;
   clearTimeout(drawing);
   drawing = null;
-  saveConversations(kept);
+  if (kept.includes(conversation)) keepConversation(conversation); // else deleted meanwhile
   drawLog();
 }
 
@@ -151,7 +152,7 @@ function open(conversation) {
 function remove(conversation) {
   if (running?.conversation === conversation) stop();
   kept.splice(kept.indexOf(conversation), 1);
-  saveConversations(kept);
+  forgetConversation(conversation);
   if (conversation === current) startNew();
   else drawSide();
 }

@@ -61,7 +61,6 @@ function save(event, dialog, form) {
   saveSettings();
   saveApiKey(form.elements.apiKey.value.trim());
   dialog.close();
-  document.dispatchEvent(new Event("settingschange"));
 }
 
 function toolsProblem(text) {

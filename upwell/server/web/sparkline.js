@@ -14,7 +14,7 @@ export function sparkline(values, length, label) {
   let path = "";
   let drawing = false;
   values.forEach((value, k) => {
-    if (value !== null) path += `${drawing ? "L" : "M"}${x(k).toFixed(1)} ${y(value).toFixed(1)}`;
+    if (value !== null) path += `${drawing ? "L" : "M"}${x(k).toFixed(1)} ${y(value).toFixed(1)}${drawing ? "" : "h0.1"}`; // a dot, if alone
     drawing = value !== null;
   });
   const plot = svg("svg", { class: "sparkline", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": label });

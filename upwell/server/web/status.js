@@ -111,7 +111,7 @@ function draw() {
   root?.replaceChildren(
     h("p", { role: "status" }, h("span", { class: `badge ${health ?? ""}` }, t(`health_${health ?? "unknown"}`))),
     problem ? h("p", { class: "note" }, problem) : "",
-    h("div", { class: "plots" }, PLOTS.map((plot, k) => tile(plot, k))),
+    last || series.some((values) => values.length) ? h("div", { class: "plots" }, PLOTS.map(tile)) : "",
   );
 }
 

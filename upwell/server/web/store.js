@@ -32,14 +32,26 @@ export const saveApiKey = (key) => write(sessionStorage, "key", key);
 export const preference = (name, otherwise) => read(localStorage, name, otherwise);
 export const prefer = (name, value) => write(localStorage, name, value);
 
-/** Conversations, the newest first: {id, title, messages}. */
+// A conversation has an entry of its own, so that two tabs don't write over each other's.
+const ENTRY = `${PREFIX}conversation.`;
+
+/** Conversations as conversation.js makes them, the last changed first. */
 export function conversations() {
-  const kept = read(localStorage, "conversations", []);
-  return Array.isArray(kept) ? kept.filter((c) => c && Array.isArray(c.messages)) : [];
+  let names = [];
+  try {
+    names = Object.keys(localStorage).filter((name) => name.startsWith(ENTRY));
+  } catch {
+    // storage is off
+  }
+  const kept = names.map((name) => read(localStorage, name.slice(PREFIX.length), null));
+  return kept.filter((c) => c && Array.isArray(c.messages)).sort((a, b) => b.changed - a.changed);
 }
 
-/** Keeps them; gives up the oldest while the browser has no room. */
-export function saveConversations(list) {
-  const kept = list.filter((c) => c.messages.length);
-  while (!write(localStorage, "conversations", kept) && kept.length > 1) kept.pop();
+/** Keeps it; gives up the oldest others while the browser has no room. */
+export function keepConversation(conversation) {
+  conversation.changed = Date.now();
+  const others = conversations().filter((c) => c.id !== conversation.id);
+  while (!write(localStorage, `conversation.${conversation.id}`, conversation) && others.length) forgetConversation(others.pop());
 }
+
+export const forgetConversation = ({ id }) => localStorage.removeItem(ENTRY + id);
