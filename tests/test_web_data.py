@@ -41,6 +41,8 @@ def test_a_file_is_asked(
     browser.one('[data-view="data"]').click()
     browser.one("#file").send_keys(str(SALES))
     browser.see("192 rows, 6 columns")
+    browser.one(".sample summary").click()
+    browser.see("2024-01-27", ".sample table")
     browser.one("#question").send_keys(QUESTION, Keys.ENTER)
     browser.one(".answer")
     best = max(totals("revenue").items(), key=lambda entry: entry[1])

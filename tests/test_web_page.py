@@ -144,6 +144,23 @@ def test_markdown_made_to_be_slow_isnt(browser: Browser, site: Site) -> None:
     assert max(times) < 500 * max(plain, 10), times
 
 
+CHARTS: list[tuple[list[str], list[list[Any]], dict[str, Any] | None]] = [
+    (["region", "total"], [["N", 1], ["S", 2.5]], {"kind": "bar", "x": 0, "y": 1, "colour": None}),
+    (["day", "n"], [["2024-01-01", 1], ["2024-01-02", None]], {"kind": "line", "x": 0, "y": 1, "colour": None}),
+    (["city", "year", "n"], [["A", 2020, 1], ["B", 2021, 2]], {"kind": "line", "x": 1, "y": 2, "colour": 0}),
+    (["city", "year", "n"], [[f"C{k}", 2020, k] for k in range(11)], {"kind": "point", "x": 1, "y": 2, "colour": None}),
+    (["weight", "height"], [[1.5, 2], [3, 4]], {"kind": "point", "x": 0, "y": 1, "colour": None}),
+    (["total"], [[1], [2]], None), (["a", "b"], [["x", "y"], ["z", "w"]], None), (["a", "n"], [["x", 1]], None),
+]  # fmt: skip
+
+
+def test_a_chart_suits_its_columns(browser: Browser, site: Site) -> None:
+    browser.open(site.url)
+    results = [(columns, rows) for columns, rows, _ in CHARTS]
+    suggested = browser.call("chart.js", "a.map(([columns, rows]) => m.suggest(columns, rows))", *results)
+    assert suggested == [wanted for _, _, wanted in CHARTS]
+
+
 def test_csv(browser: Browser, site: Site) -> None:
     browser.open(site.url)
     rows: list[list[Any]] = [["a,b", 1.5, None], ['say "x"', -2, "two\nlines"], [" padded ", True, "中文"]]

@@ -81,6 +81,7 @@ def test_a_csv_is_described_and_queried(client: TestClient) -> None:
         "date": "date", "region": "text", "product": "text", "units": "integer", "unit_price": "real",
         "revenue": "real",
     }  # fmt: skip
+    assert answer["sample"][0] == ["2024-01-27", "North", "Espresso", 75, 2.8, 210] and len(answer["sample"]) == 5
     expected: dict[str, int] = {}
     with SALES.open() as file:
         for row in csv.DictReader(file):

@@ -75,12 +75,14 @@ def open_table(
 
 def connect(memory_limit: str | None = None) -> Connection:
     """An in-memory database that never spills beside the user's files nor loads extensions."""
-    config = {
+    config: dict[str, str | bool | int | float | list[str]] = {
         "temp_directory": "",
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
     }
-    return duckdb.connect(":memory:", config=config | ({"memory_limit": memory_limit} if memory_limit else {}))
+    if memory_limit is not None:
+        config["memory_limit"] = memory_limit
+    return duckdb.connect(":memory:", config=config)
 
 
 def seal(connection: Connection) -> None:

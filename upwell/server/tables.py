@@ -189,7 +189,8 @@ def _choices(path: Path) -> list[str]:
 def _open(asker: Asker, path: Path, choices: list[str], choice: str | None) -> tuple[str | None, OpenTable]:
     """Open the named table, or the first that has something in it."""
     failed: DataError | None = None
-    for name in [choice] if choice else choices or [None]:
+    names: list[str | None] = [choice] if choice else [*choices] if choices else [None]
+    for name in names:
         try:
             opened = asker.open(path, name, memory_limit=MEMORY_LIMIT)
         except DataError as error:

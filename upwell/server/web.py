@@ -17,11 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from upwell.analyst.query import run_query
+from upwell.analyst.schema import TABLE
 from upwell.errors import InputError
 from upwell.server.tables import KEEP, MAX_UPLOAD, QUERY_SECONDS, Tables, Uploaded, UploadTooLargeError
 
 FILES = Path(__file__).with_name("web")
 UPLOAD_TYPE = "application/octet-stream"
+SAMPLE = 5  # rows shown of a new table
 _EXACT = 1 << 53  # JavaScript reads integers beyond it as other ones
 
 _POLICY = "; ".join(
@@ -150,6 +153,7 @@ def _described(uploaded: Uploaded) -> dict[str, Any]:
         "tables": uploaded.choices,
         "rows": profile.n_rows,
         "columns": [{"name": column.name, "type": column.storage} for column in profile.columns],
+        "sample": _browser_safe(run_query(uploaded.opened.connection, f"SELECT * FROM {TABLE} LIMIT {SAMPLE}").rows),
         "notes": list(uploaded.opened.notes),
         "expires_in": KEEP,
     }

@@ -28,7 +28,8 @@ export function suggest(columns, rows) {
   if (!numbers.length) return null;
   const [y] = numbers.slice(-1); // the figure asked for comes last
   const colour = names.find((k) => new Set(rows.map((row) => row[k])).size <= MAX_COLOURS) ?? null;
-  if (times.length) return { kind: "line", x: times[0], y, colour };
+  // Lines of more names than there are colours would run into each other.
+  if (times.length) return { kind: names.length && colour === null ? "point" : "line", x: times[0], y, colour };
   if (names.length) return { kind: "bar", x: names[0], y, colour: names.length > 1 ? names.slice(1).find((k) => k === colour) ?? null : null };
   return numbers.length > 1 ? { kind: "point", x: numbers[0], y, colour: null } : null;
 }

@@ -5,6 +5,7 @@ import { answerElement } from "./answer.js";
 import { h } from "./dom.js";
 import { errorText } from "./errors.js";
 import { number, t } from "./i18n.js";
+import { resultTable } from "./result.js";
 
 const MAX_BYTES = 32 * 2 ** 20; // what the server takes; said here before the upload
 const ACCEPT = ".csv,.tsv,.txt,.gz,.parquet,.pq,.json,.jsonl,.ndjson,.xlsx,.xls,.xlsm,.xlsb,.ods,.db,.sqlite,.sqlite3";
@@ -127,6 +128,7 @@ function tableElement() {
       h("select", { id: "part", onchange: (event) => { answers.length = 0; take(file, event.target.value); } },
         table.tables.map((name) => h("option", { value: name, selected: name === table.table }, name)))),
     h("ul", { class: "columns", "aria-label": t("columns") }, columns),
+    h("details", { class: "sample" }, h("summary", {}, t("sample")), resultTable(table.columns.map(({ name }) => name), table.sample)),
     ...table.notes.map((note) => h("p", { class: "note" }, note)));
 }
 
