@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 
 import upwell
-from upwell.server import errors
+from upwell.server import errors, web
 from upwell.server.chat_completions import Completion
 from upwell.server.responders import Responder
 from upwell.server.schemas import ChatRequest
@@ -27,6 +27,7 @@ def create_app(responder: Responder, model_name: str) -> FastAPI:
 
     app = FastAPI(title="Upwell", version=upwell.__version__, lifespan=lifespan)
     errors.install(app)
+    web.install(app)
     started = int(time.time())
 
     @app.get("/health")
