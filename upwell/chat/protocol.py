@@ -57,3 +57,8 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 def tools_block(schemas: str) -> str:
     """The block that tells the model its tools; `schemas` is one JSON object a line."""
     return _TOOLS.replace("{schemas}", schemas)
+
+
+def format_block(schema: str) -> str:
+    """The block that asks for a reply in a JSON schema."""
+    return f"## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{schema}"
