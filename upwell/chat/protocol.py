@@ -10,6 +10,7 @@ ASSISTANT = "<｜Assistant｜>"
 LATEST_REMINDER = "<｜latest_reminder｜>"
 THINK = "<think>"
 END_THINK = "</think>"
+DSML = "｜DSML｜"
 TOOL_CALLS = "<｜DSML｜tool_calls>"
 END_TOOL_CALLS = "</｜DSML｜tool_calls>"
 
