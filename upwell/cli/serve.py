@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upwell.cli.model_flags import add_model_flags
+from upwell.cli.model_flags import add_model_flags, add_prefix_cache_flags, load_llm
 from upwell.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
     parser.add_argument("--max-queue", type=int, metavar="N", help="most requests that wait; more are refused with 429")
     parser.add_argument("--request-timeout", type=float, metavar="S", help="seconds a request may take in the engine")
+    add_prefix_cache_flags(parser)
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     network.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
@@ -81,20 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _responder(arguments: argparse.Namespace) -> Responder:
-    from upwell.devices import resolve_dtype
-    from upwell.engine import LLM
-    from upwell.server.limits import EngineLimits
     from upwell.server.responders import ModelResponder, NanoResponder
 
-    options = {name: getattr(arguments, name) for name in ("max_num_seqs", "max_queue")}
-    given = {name: value for name, value in options.items() if value is not None}
-    llm = LLM(arguments.model, device=arguments.device, dtype=resolve_dtype(arguments.dtype), **given)
-    limits = EngineLimits(arguments.request_timeout)
-    if arguments.model is None:
-        from upwell.analyst.schema_text import QueryWriter
-        from upwell.server.blocking import ThreadedLLM
+    llm = load_llm(arguments)
+    if arguments.model is not None:
+        return ModelResponder(llm, arguments.max_model_len, arguments.request_timeout)
+    from upwell.analyst.schema_text import QueryWriter
+    from upwell.server.blocking import ThreadedLLM
 
-        responder = NanoResponder(llm, max_model_len=arguments.max_model_len, limits=limits)
-        responder.write_query = QueryWriter(ThreadedLLM(responder.thread, llm.tokenizer)).write
-        return responder
-    return ModelResponder(llm, arguments.max_model_len, limits)
+    responder = NanoResponder(llm, arguments.max_model_len, arguments.request_timeout)
+    responder.write_query = QueryWriter(ThreadedLLM(responder.thread, llm.tokenizer)).write
+    return responder

@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from upwell.engine.structured import StructuredOutputs
 from upwell.errors import InputError
 
-TokenMask = Callable[[list[int]], Sequence[int] | None]
-"""From the tokens generated so far to the ids allowed next; None allows all. Called once a token."""
+TokenMask = Callable[[list[int]], Sequence[int] | Tensor | None]
+"""From the tokens generated so far to what is allowed next: ids, or a bit for each id (INT32 [vocab / 32], lowest bit
+first), or None for all. Called once a token, and for drafted tokens that may come to nothing."""
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 MAX_LOGPROBS = 20
@@ -22,7 +26,7 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0 or -1 is off. max_tokens None goes on to the end of the context. logprobs k gives
     the chosen token's and the k most likely ones'. stop strings end the text before them; stop_token_ids and the
-    end-of-sequence token are kept in token_ids, not in the text.
+    end-of-sequence token are kept in token_ids, not in the text. structured_outputs bind the text after any reasoning.
     """
 
     temperature: float = 1.0
@@ -42,6 +46,7 @@ class SamplingParams:
     n: int = 1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", 0.0, math.inf)
@@ -66,6 +71,11 @@ class SamplingParams:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be true or false")
         self._normalise_stops()
         self._normalise_bias()
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputs):
+                raise InputError(f"structured_outputs is {self.structured_outputs!r}, must be a StructuredOutputs")
+            if self.ignore_eos:
+                raise InputError("ignore_eos can't go with structured_outputs", "they end where their grammar ends")
 
     @property
     def is_greedy(self) -> bool:

@@ -29,8 +29,8 @@ class Draw:
     logprob: TokenLogprob | None
 
 
-def sample(logits: Tensor, sequences: Items[Sequence], allowed: Items[Items[int] | None]) -> list[Draw]:
-    """One token a row: logits [B, V] FP32 (edited in place) and the ids allowed (None: all), row b of sequences[b].
+def sample(logits: Tensor, sequences: Items[Sequence], allowed: Items[Items[int] | Tensor | None]) -> list[Draw]:
+    """One token a row: logits [B, V] FP32 (edited in place), and what TokenMask allows; row b of sequences[b].
 
     Greedy ties go to the lowest id.
     """
@@ -46,7 +46,7 @@ def sample(logits: Tensor, sequences: Items[Sequence], allowed: Items[Items[int]
     return [Draw(token, logprobs.get(b)) for b, token in enumerate(chosen)]
 
 
-def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | None) -> None:
+def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | Tensor | None) -> None:
     """Penalties, bias, minimum length and mask, in place: row [V]."""
     params = sequence.params
     if params.repetition_penalty != 1.0:
@@ -59,13 +59,24 @@ def _edit(row: Tensor, sequence: Sequence, allowed: Items[int] | None) -> None:
     if params.logit_bias:
         bias = torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
         row[_ids(params.logit_bias, row)] += bias
-    if sequence.end_ids and len(sequence.output) + 1 < params.min_tokens:
-        row[_ids(sequence.end_ids, row)] = _NEVER
-    if allowed is not None:
+    if isinstance(allowed, Tensor):
+        row.masked_fill_(~_unpacked(allowed.to(row.device), len(row)), _NEVER)
+    elif allowed is not None:
         ids = _ids(allowed, row)
         kept = row[ids]
         row.fill_(_NEVER)
         row[ids] = kept
+    if sequence.end_ids and len(sequence.output) + 1 < params.min_tokens:
+        ends = _ids(sequence.end_ids, row)
+        kept = row[ends]
+        row[ends] = _NEVER
+        if allowed is not None and row.max() == _NEVER:  # a grammar at its end knows no minimum
+            row[ends] = kept
+
+
+def _unpacked(bits: Tensor, vocab: int) -> Tensor:
+    """INT32 [ceil(vocab / 32)], lowest bit first -> bool [vocab]."""
+    return (bits[:, None] >> torch.arange(32, dtype=torch.int32, device=bits.device) & 1).flatten()[:vocab].bool()
 
 
 def _ids(ids: Iterable[int], row: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import Tensor
+
 from upwell.engine.detokenizer import Detokenizer
 from upwell.engine.outputs import Delta, FinishReason, TokenLogprob
 from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.prefix import PrefixKeys
 
 Sink = Callable[[Delta], None]
 
@@ -24,7 +27,10 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what to do with it. `limit` is the most tokens a completion may have; deltas go to `sink`."""
+    """A prompt and what to do with it. `limit` is the most tokens a completion may have; deltas go to `sink`.
+
+    Lower `priority` goes first. `timeout` seconds after the engine took it, at `deadline`, it ends with an error.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -33,21 +39,29 @@ class Request:
     eos_token_id: int
     sink: Sink
     token_mask: TokenMask | None = None
+    new_mask: Callable[[], TokenMask] | None = None  # for each completion one of its own
+    priority: int = 0
+    timeout: float | None = None
+    deadline: float | None = None  # by time.monotonic()
 
 
 class Sequence:
-    """One completion. `arrival` orders sequences; `computed` tokens of prompt + output are in the cache."""
+    """One completion. `order` says who goes first; `computed` tokens of prompt + output are in the cache."""
 
     def __init__(self, request: Request, index: int, arrival: int, detokenizer: Detokenizer | None) -> None:
         self.request, self.index, self.arrival = request, index, arrival
+        self.order = (request.priority, arrival)
         self.detokenizer = detokenizer
         self.output: list[int] = []
+        self.mask = request.token_mask if request.new_mask is None else request.new_mask()
         self.counts: Counter[int] = Counter()  # of output tokens, for the penalties
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.computed = 0
         self.slot = -1
         self.table: list[int] = []
+        self.restored: Tensor | None = None  # streams [1, h, D] after the last token, where no token had to be computed
+        self._keys: PrefixKeys | None = None
         params = request.params
         # An own source of randomness: nothing else in the batch can change what is drawn.
         self.rng = random.Random(None if params.seed is None else f"{params.seed}/{index}")
@@ -62,6 +76,13 @@ class Sequence:
     def params(self) -> SamplingParams:
         return self.request.params
 
+    @property
+    def keys(self) -> PrefixKeys:
+        """Hashes of all tokens so far; made anew when they have grown."""
+        if self._keys is None or self._keys.length != len(self):
+            self._keys = PrefixKeys.of(self.tokens(0, len(self)))
+        return self._keys
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens start..stop-1 of prompt + output."""
         prompt = self.request.prompt_token_ids
@@ -75,7 +96,7 @@ class Sequence:
         self.counts[token] += 1
         enough = len(self.output) >= self.params.min_tokens
         text = ""
-        if token in self.end_ids and enough:
+        if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
             self.finish_reason = "stop"
         else:
             if self.detokenizer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Sequence
 
-from upwell.engine import CompletionOutput, Delta, EngineThread, RequestOutput, SamplingParams, Tokenizer, TokenMask
+from upwell.engine import Delta, EngineThread, RequestOutput, SamplingParams, Tokenizer, TokenMask
 from upwell.engine.llm import Prompt
 from upwell.engine.sequence import Request, Sink
 from upwell.errors import InputError
@@ -33,9 +33,7 @@ class ThreadedLLM:
                 if isinstance(prompt, str):
                     raise InputError("a prompt is text", "give its tokens")
                 ids = list(prompt["prompt_token_ids"])
-                logprobs = params.logprobs is not None
-                empty = [CompletionOutput(i, logprobs=[] if logprobs else None) for i in range(params.n)]
-                outputs.append(RequestOutput(None, ids, empty))
+                outputs.append(RequestOutput.empty(None, ids, params))
                 request = self._thread.engine.request(ids, params, sink(outputs[-1]), token_mask=mask)
                 self._thread.submit(request)
                 running.append(request)

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from upwell.server.limits import Stats
+from upwell.engine.stats import EngineStats
 from upwell.server.record import RequestRecord
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -19,7 +19,7 @@ _TOKENS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))
 class Metrics:
     """One server's metrics, in a registry of their own. A RecordSink."""
 
-    def __init__(self, model: str, stats: Callable[[], Stats]) -> None:
+    def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model}
         self._registry.register(_EngineFigures(stats, self._labels))
@@ -77,7 +77,7 @@ class Metrics:
 class _EngineFigures(Collector):
     """Read from the engine when Prometheus asks."""
 
-    def __init__(self, stats: Callable[[], Stats], labels: dict[str, str]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], labels: dict[str, str]) -> None:
         self._stats, self._labels = stats, labels
 
     def collect(self) -> Iterator[Metric]:

@@ -16,11 +16,11 @@ from upwell.chat.encoding import Thinking
 from upwell.chat.grammar import reply_grammar
 from upwell.chat.parsing import Content, Event, ToolCall
 from upwell.chat.protocol import DSML
-from upwell.engine import LLM, Delta, EngineThread, SamplingParams, TokenLogprob
+from upwell.engine import LLM, Delta, EngineThread, SamplingParams, StructuredOutputs, TokenLogprob
 from upwell.engine.outputs import FinishReason
+from upwell.engine.stats import EngineStats
 from upwell.errors import InputError
 from upwell.server.errors import ContextLengthError
-from upwell.server.limits import EngineLimits, Stats, engine_stats, submit, with_grammar
 from upwell.server.mailbox import Inbox, PostOffice
 
 
@@ -103,7 +103,7 @@ class Responder(Protocol):
     def token_text(self, token_id: int) -> bytes:
         """The bytes of a token, for logprobs."""
 
-    def stats(self) -> Stats: ...
+    def stats(self) -> EngineStats: ...
 
     @property
     def is_healthy(self) -> bool: ...
@@ -113,12 +113,13 @@ class Responder(Protocol):
 
 
 class ModelResponder:
-    """Any V4 checkpoint. `max_model_len`: the most tokens of a prompt and its reply, where less than the model's."""
+    """Any V4 checkpoint. `max_model_len`: the most tokens of a prompt and its reply, where less than the model's.
+    `timeout`: seconds that a request may take in the engine."""
 
-    def __init__(self, llm: LLM, max_model_len: int | None = None, limits: EngineLimits | None = None) -> None:
+    def __init__(self, llm: LLM, max_model_len: int | None = None, timeout: float | None = None) -> None:
         self._llm = llm
         self._tokenizer = llm.tokenizer
-        self._limits = limits or EngineLimits()
+        self._timeout = timeout
         longest = llm.engine.max_model_len
         if max_model_len is not None and not 1 <= max_model_len <= longest:
             raise InputError(f"max_model_len is {max_model_len}, must be from 1 to {longest}, what model and cache hold")
@@ -135,8 +136,8 @@ class ModelResponder:
     def close(self, timeout: float = 30.0) -> None:
         self.thread.stop(timeout)
 
-    def stats(self) -> Stats:
-        return engine_stats(self._llm.engine)
+    def stats(self) -> EngineStats:
+        return self._llm.engine.stats()
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -171,7 +172,7 @@ class ModelResponder:
         params = replace(params, skip_special_tokens=False)
         grammar = conversation.grammar(self._dsml_id)
         if grammar is not None:
-            params = with_grammar(params, grammar)
+            params = replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
         thinking = conversation.thinking != "off" and not conversation.continue_last
         tools = bool(conversation.offered)
         parsers = [ReplyParser(thinking, tools) for _ in range(params.n)]
@@ -193,7 +194,8 @@ class ModelResponder:
         if self._office is None:
             self._office = PostOffice(asyncio.get_running_loop())
         inbox = Inbox()
-        running = submit(self.thread, ids, params, self._office.sink(inbox), self._limits)
+        running = self.thread.engine.request(ids, params, self._office.sink(inbox), timeout=self._timeout)
+        self.thread.submit(running)
 
         def abandon() -> None:
             self.thread.cancel(running)
@@ -252,13 +254,8 @@ class NanoResponder(ModelResponder):
     `write_query` reads messages and gives a query, or None where they show no schema. It runs in a thread of its own.
     """
 
-    def __init__(
-        self,
-        llm: LLM,
-        max_model_len: int | None = None,
-        limits: EngineLimits | None = None,
-    ) -> None:
-        super().__init__(llm, max_model_len, limits)
+    def __init__(self, llm: LLM, max_model_len: int | None = None, timeout: float | None = None) -> None:
+        super().__init__(llm, max_model_len, timeout)
         self.write_query: Callable[[Sequence[Mapping[str, Any]]], str | None] | None = None
 
     def chat(self, conversation: Conversation, params: SamplingParams) -> Reply:
