@@ -15,19 +15,21 @@ INLINE void rotate(float* x, const float* turn, int64_t rope, float sign) {
   }
 }
 
+// Not inlined: its R pointers need the registers. Returns the larger of `best` and the scores.
 template <int R>
-INLINE void score_rows(const float* const* rows, const float* qt, int64_t dim, float* out, Vec& best) {
+static __attribute__((noinline)) Vec score_rows(const float* const* rows, const float* qt, int64_t dim, float* out, Vec best) {
   Vec acc[R] = {};
   const float* r[R];
   for (int i = 0; i < R; ++i) r[i] = rows[i];
-  for (int64_t k = 0; k < dim; ++k) {
-    const Vec q = load(qt + k * kLanes);
+  for (int64_t k = 0; k < dim; ++k, qt += kLanes) {
+    const Vec q = load(qt);
     for (int i = 0; i < R; ++i) acc[i] += splat(r[i][k]) * q;
   }
   for (int i = 0; i < R; ++i) {
     store(out + i * kLanes, acc[i]);
     best = select(acc[i] > best, acc[i], best);
   }
+  return best;
 }
 
 template <int H, int V>
@@ -96,8 +98,12 @@ constexpr int64_t kRowBlock = 64;  // rows that stay in L1 while all heads are s
 static Partial attend_rows(const float* qt, int heads, int64_t dim, const float* const* rows, int64_t n, Vec best,
                            float* scores, float* out) {
   int64_t j = 0;
-  for (; j + 8 <= n; j += 8) score_rows<8>(rows + j, qt, dim, scores + j * kLanes, best);
-  for (; j < n; ++j) score_rows<1>(rows + j, qt, dim, scores + j * kLanes, best);
+  for (; j + 8 <= n; j += 8) {
+    for (int64_t i = j + 16; i < n && i < j + 24; ++i)  // rows lie anywhere: no hardware foresees them
+      for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(rows[i] + k);
+    best = score_rows<8>(rows + j, qt, dim, scores + j * kLanes, best);
+  }
+  for (; j < n; ++j) best = score_rows<1>(rows + j, qt, dim, scores + j * kLanes, best);
   Vec total{};
   for (j = 0; j < n; ++j) {
     const Vec p = exp_below(load(scores + j * kLanes) - best);

@@ -127,7 +127,7 @@ INLINE void tile_steps(const float* x, int64_t ldx, const float* b, int64_t n, V
   for (; k + U <= n; k += U, b += U * LDB, x0 += U, x4 += U, x8 += U)
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      if (MR < 4) __builtin_prefetch(b + u * LDB + kAhead), __builtin_prefetch(b + u * LDB + kAhead + kLanes);
+      if (MR <= kFewRows) __builtin_prefetch(b + u * LDB + kAhead), __builtin_prefetch(b + u * LDB + kAhead + kLanes);
       const Vec b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
       UPWELL_STEPS
     }

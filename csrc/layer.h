@@ -64,6 +64,12 @@ struct LayerPass {
     return n;
   }
 
+  // f(token), each thread its own share of the tokens: what it wrote in one phase is in its cache in the next.
+  template <class F>
+  void tokens(F f) {
+    for (int64_t t = T * w.id / w.team.size; t < T * (w.id + 1) / w.team.size; ++t) f(t);
+  }
+
   // What follows the projections of one token: norms, the latent's rotation, the gates' position bias.
   void norm_inputs(const Layer& l, int64_t t) {
     float *qa = b.qa + t * m.q_rank, *kv = b.kv + t * m.dim;
@@ -166,7 +172,10 @@ struct LayerPass {
     const RowsOfPool row(sequence(t0).table, call.block_tokens / l.ratio);
     for (int64_t e = e0; e < e1; e += kTile) {
       const int keys = int(min64(e1 - e, kTile));
-      for (int r = 0; r < keys; ++r) b.pointers[r] = c.index_keys + row(e + r) * dim;
+      for (int r = 0; r < keys; ++r) {
+        b.pointers[r] = c.index_keys + row(e + r) * dim;
+        for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(b.pointers[r] + k);
+      }
       key_tile(b.pointers, keys, dim, b.tile);
       for (int64_t i = 0; i < count; ++i)
         index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * stride + e);

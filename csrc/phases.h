@@ -32,13 +32,10 @@ struct ByWeights : LayerPass {
       run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer);
     });
     w.barrier();
-    const int64_t step = T >= kLanes * w.team.size ? kLanes : max64(1, (T + w.team.size - 1) / w.team.size);
-    w.units((T + step - 1) / step, [&](int64_t u) {
-      const int64_t t = u * step;
-      const int count = int(T - t < step ? T - t : step);
-      mix_any(m, mix, stream(t), b.z + t * zs, count, false, norm, b.post + t * m.streams,
+    const int64_t end = T * (w.id + 1) / w.team.size;
+    for (int64_t t = T * w.id / w.team.size; t < end; t += kLanes)
+      mix_any(m, mix, stream(t), b.z + t * zs, int(min64(end - t, kLanes)), false, norm, b.post + t * m.streams,
               b.comb + t * m.streams * m.streams, b.x + t * m.hidden);
-    });
     w.barrier();
   }
 
@@ -133,7 +130,7 @@ struct ByWeights : LayerPass {
     Job in[7];
     run_jobs(w, b, in, inputs(l, b.x, 0, T, in));
     w.barrier();
-    w.units(T, [&](int64_t t) { norm_inputs(l, t); });
+    tokens([&](int64_t t) { norm_inputs(l, t); });
     w.barrier();
     Job up[2] = {{l.wq_b, b.qa, m.q_rank, T, b.q, m.heads * m.dim},
                  {l.index_wq_b, b.qa, m.q_rank, T, b.iq, m.index_heads * m.index_dim}};
@@ -153,7 +150,7 @@ struct ByWeights : LayerPass {
     Job out{l.wo_b, b.latent, m.groups * m.o_rank, T, b.y, m.hidden};
     run_jobs(w, b, &out, 1);
     w.barrier();
-    w.units(T, [&](int64_t t) { leave(t, b.y + t * m.hidden); });
+    tokens([&](int64_t t) { leave(t, b.y + t * m.hidden); });
     w.barrier();
   }
 
@@ -162,7 +159,7 @@ struct ByWeights : LayerPass {
     Job gate{l.gate, b.x, m.hidden, T, b.scores, E};
     run_jobs(w, b, &gate, 1);
     w.barrier();
-    w.units(T, [&](int64_t t) { route_token(l, t, b.scores + t * E); });
+    tokens([&](int64_t t) { route_token(l, t, b.scores + t * E); });
     w.barrier();
     if (w.id == 0) group_pairs();
     w.barrier();
@@ -206,7 +203,7 @@ struct ByWeights : LayerPass {
               first, width, r0, r1, b.tile, b.rows_buffer);
     });
     w.barrier();
-    w.units(T, [&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });
+    tokens([&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });
     w.barrier();
   }
 

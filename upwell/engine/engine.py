@@ -253,17 +253,20 @@ class Engine:
         batch = [(s, n) for s, n in batch if s.status is not Status.FINISHED]
         if not batch:
             return
+        ready: list[tuple[int, Sequence]] = []  # row of streams, and whose next token it gives
         try:
             streams = self.runner.streams(batch) if batch[0][1] else batch[0][0].restored
             assert streams is not None
-            ready: list[tuple[int, Sequence]] = []  # row of streams, and whose next token it gives
             for row, (sequence, tokens) in enumerate(batch):
                 is_prompt = sequence.status is Status.PREFILL
                 self.scheduler.computed(sequence, tokens)
                 if is_prompt:
                     self._save(sequence, streams[row])
                 if sequence.status is Status.DECODE:
-                    ready += [(row, s) for s in (sequence, *(self._fork(sequence) if is_prompt else ()))]
+                    forks = self.scheduler.fork(sequence) if is_prompt else []
+                    ready += [(row, s) for s in (sequence, *forks)]
+                    for fork in forks:
+                        self.runner.fork(sequence, fork)
             masks = [self._mask(s) for _, s in ready]
             kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
             if kept:
@@ -272,7 +275,7 @@ class Engine:
                 self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(batch))
-            for sequence, _ in batch:
+            for sequence in (*(s for s, _ in batch), *(s for _, s in ready)):
                 self._fail(sequence, error)
 
     @torch.inference_mode()
@@ -285,12 +288,6 @@ class Engine:
             self.prefix.save_cut(keys, at, sequence.slot, sequence.table)
         if at == len(sequence) and not sequence.output:
             self.prefix.save_whole(keys, sequence.slot, sequence.table, streams)
-
-    def _fork(self, leader: Sequence) -> list[Sequence]:
-        forks = self.scheduler.fork(leader)
-        for sequence in forks:
-            self.runner.fork(leader, sequence)
-        return forks
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, sequences: list[Sequence], allowed: list[Ids]) -> None:

@@ -101,10 +101,11 @@ class PrefixDisk:
         found = []
         for entry in os.scandir(self._folder):
             status = entry.stat()
-            if entry.name.startswith(_KINDS):
+            if entry.name.endswith(".tmp"):
+                if time.time() - status.st_mtime > _STALE:
+                    os.unlink(entry)
+            elif entry.name.startswith(_KINDS):
                 found.append((status.st_mtime_ns, entry.name, status.st_size))
-            elif entry.name.endswith(".tmp") and time.time() - status.st_mtime > _STALE:
-                os.unlink(entry)
         for _, name, size in sorted(found):
             self._sizes[name] = size
             self.nbytes += size

@@ -11,7 +11,7 @@ from array import array
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import getitem, is_
+from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from upwell.model.transformer import Block, Transformer
 
 CHUNK = 512  # tokens a call takes through all layers: what its activations need stays in cache
+_version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
@@ -51,7 +52,8 @@ class Plan:
     owners: list[dict[str, Any]]  # where each tensor came from
     names: list[str]
     tensors: list[Any]
-    copied: list[tuple[Tensor, int]]  # those that were copied, with the version they had
+    copied: list[Tensor]  # those that were copied, and the versions they had
+    versions: list[int]
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -59,7 +61,7 @@ class Plan:
     def current(self) -> bool:
         """The model still holds the tensors that the plan points to, and copies are up to date."""
         same = all(map(is_, map(getitem, self.owners, self.names), self.tensors))
-        return same and all(tensor._version == version for tensor, version in self.copied)
+        return same and list(map(_version, self.copied)) == self.versions
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
@@ -250,8 +252,10 @@ def _make(model: Transformer) -> Plan | None:
         return None
     shape.by_tokens = int(build.formats == {_PANELS} and dense <= _CACHED_BYTES)
     owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
-    copied = [(tensor, version) for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
-    return Plan(shape, layers, mtp, head, build.kept, owners, names, tensors, copied)
+    copied = [tensor for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
+    return Plan(
+        shape, layers, mtp, head, build.kept, owners, names, tensors, copied, [v for v in versions if v >= 0]
+    )  # fmt: skip
 
 
 def _cache_layers(layers: list[LayerCache]) -> Any:
