@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anthropic
 import httpx
@@ -26,6 +27,7 @@ from tiny_v4 import EOS, build_llm
 from torch import Tensor
 
 from upwell.engine import LLM, Engine
+from upwell.engine.sequence import Request
 from upwell.server.app import create_app
 from upwell.server.protocol import LimitedProtocol
 from upwell.server.responders import ModelResponder, Responder
@@ -75,18 +77,18 @@ class Served:
 
 def scripted_llm(script: Script, **options: Any) -> LLM:
     """An LLM that replies to a prompt with `script(prompt)` and ends."""
-    llm = build_llm(**({"max_num_seqs": 4, "cache_tokens": 8192} | options))
+    llm = build_llm(**({"max_num_seqs": 4, "cache_tokens": 8192, "enable_prefix_caching": False} | options))
     runner, tokenizer = llm.engine.runner, llm.tokenizer
-    replies: dict[int, list[int]] = {}
+    replies: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
 
     def streams(batch: list[tuple[Any, int]]) -> Tensor:
         wanted = []
         for sequence, n in batch:
             prompt = sequence.request.prompt_token_ids
-            if id(sequence.request) not in replies:
+            if sequence.request not in replies:
                 text = script(tokenizer.decode(prompt, skip_special_tokens=False))
-                replies[id(sequence.request)] = [*tokenizer.encode(text), EOS]
-            reply = replies[id(sequence.request)]
+                replies[sequence.request] = [*tokenizer.encode(text), EOS]
+            reply = replies[sequence.request]
             said = sequence.computed + n - len(prompt)
             wanted.append(reply[min(max(said, 0), len(reply) - 1)])
         return torch.tensor(wanted)

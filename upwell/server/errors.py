@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -13,8 +12,6 @@ from starlette.responses import Response
 
 from upwell.errors import InputError, QueueFullError, ShuttingDownError, UpwellError
 from upwell.server.wire import JSON, ClientGone
-
-logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1  # after a full queue
 
@@ -132,7 +129,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSON:
-        logger.error("a bug in %s %s", request.method, request.url.path, exc_info=error)
         return JSON(_body(request.url.path, f"internal error: {type(error).__name__}", 500), 500)
 
 

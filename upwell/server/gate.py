@@ -65,10 +65,10 @@ class Gate:
                 return
             await app(scope, receive, answer)
         except Exception:
-            # The app has answered with a 500 and logged it; or the answer was under way and ends here, cut short.
             if not record.status:
+                record.status = 500  # outside of us it is answered so, and logged
                 raise
-            logger.debug("%s %s ended early", record.method, record.path, exc_info=True)
+            logger.exception("%s %s ended early", record.method, record.path)
         finally:
             self._finish(record)
 

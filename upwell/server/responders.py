@@ -142,7 +142,7 @@ class ModelResponder:
     def encode(self, text: str) -> list[int]:
         try:
             return self._tokenizer.encode(text)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # the library raises the one or the other
             raise InputError("the text has half of a surrogate pair in it", "send well-formed Unicode") from None
 
     def decode(self, ids: list[int]) -> str:
