@@ -124,6 +124,7 @@ def test_claude_codes_kind_of_request(served: Served) -> None:
     ]  # fmt: skip
     message = ask(
         served, turns, True, tools=[{**TOOLS[1], **cached}], metadata={"user_id": "u"},
-        system=[{"type": "text", "text": "s", **cached}], tool_choice={"type": "auto", "disable_parallel_tool_use": True},
+        system=[{"type": "text", "text": "s", **cached}],
+        tool_choice={"type": "auto", "disable_parallel_tool_use": True},
     )  # fmt: skip
     assert message.content[0].text == "It is sunny."

@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 from served import Served, scripted_llm
 from test_chat import CALLS
+from tiny_v4 import build_llm
 
 from upwell.server.responders import ModelResponder
 
@@ -228,6 +229,39 @@ def test_responses(served: Served) -> None:
 
 
 RESPONSE_TOOLS: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
+
+
+FORMS: Any = {
+    "type": "object",
+    "properties": {"unit": {"type": "string", "enum": ["c", "f"]}, "exact": {"type": "boolean"}},
+    "required": ["unit", "exact"],
+    "additionalProperties": False,
+}
+
+
+@both
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_random_weights_keep_to_the_form(stream: bool, effort: Any) -> None:
+    """Not scripted: a tiny V4 of random weights, which says gibberish, but must call a tool or write JSON."""
+    server = Served(ModelResponder(build_llm(max_num_seqs=2, cache_tokens=8192)), "scripted")
+    # A random model never ends its reasoning by itself: the bias makes </think> likely.
+    end = server.engine.tokenizer and server.engine.tokenizer.id_of("</think>")
+    more = {"reasoning_effort": effort, "seed": 4, "logit_bias": {str(end): 12}, "max_completion_tokens": 2000}
+    tools = [{"type": "function", "function": {"name": name, "parameters": FORMS}} for name in ("heat", "cool")]
+    try:
+        named = {"type": "function", "function": {"name": "cool"}}
+        for choice in ("required", named):
+            got = ask(server, "x", stream, tools=tools, tool_choice=choice, parallel_tool_calls=False, **more)
+            ((name, arguments, _),) = got["calls"]
+            assert got["reason"] == "tool_calls" and not got["content"] and name in ("heat", "cool")
+            assert choice == "required" or name == "cool"
+            called = json.loads(arguments)
+            assert called["unit"] in ("c", "f") and isinstance(called["exact"], bool) and len(called) == 2
+        form = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": FORMS}}
+        got = ask(server, "x", stream, response_format=form, **more)
+        assert json.loads(got["content"]).keys() == {"unit", "exact"} and got["reason"] == "stop"
+    finally:
+        server.stop()
 
 
 def test_half_a_surrogate_pair_is_no_crash(served: Served) -> None:

@@ -3,8 +3,8 @@
     [bos][max effort][system]<｜User｜>text<｜Assistant｜></think>reply[eos]<｜User｜>text<｜Assistant｜><think>
 
 A turn of the assistant opens with </think> (no reasoning) or <think>reasoning</think>. Reasoning of turns before the
-last user turn is dropped, unless the conversation has tools: there it belongs to the chain of calls. A reply in progress
-can be continued: then the last turn stays open and nothing is added after it.
+last user turn is dropped, unless the conversation has tools: there it belongs to the chain of calls. A reply in
+progress can be continued: then the last turn stays open and nothing is added after it.
 """
 
 from __future__ import annotations

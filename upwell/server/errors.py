@@ -1,4 +1,4 @@
-"""Errors as the APIs word them: OpenAI's {"error": {...}}, Anthropic's {"type": "error", ...}, with the right status."""
+"""Errors as the APIs word them, OpenAI's {"error": {...}} or Anthropic's {"type": "error", ...}, with their status."""
 
 from __future__ import annotations
 

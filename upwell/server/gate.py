@@ -82,6 +82,8 @@ class Gate:
                 record.key = self.keys.find(_presented_key(headers))
                 if scope["method"] == "POST":
                     record.key.admit()
+        if scope["path"] in self.settings.streamed_paths:
+            return receive
         body = await self._read_body(headers, receive)
         given = False
 
@@ -98,7 +100,8 @@ class Gate:
         allowed = self.settings.allowed_hosts
         name = headers.get("host", "").rpartition("]")[0].lstrip("[") or headers.get("host", "").partition(":")[0]
         if allowed is not None and name.lower() not in allowed:
-            raise InputError(f"host is {name!r}, this server is called {', '.join(allowed)}", "start it with --insecure")
+            known = ", ".join(allowed)
+            raise InputError(f"host is {name!r}, this server is called {known}", "start it with --insecure")
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         most = self.settings.max_body

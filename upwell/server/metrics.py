@@ -83,12 +83,12 @@ class _EngineFigures(Collector):
     def collect(self) -> Iterator[Metric]:
         told = self._stats()
         used = 1 - told.blocks_free / told.blocks_total if told.blocks_total else 0.0
-        gauges = [
+        gauges: list[tuple[str, str, float]] = [
             ("vllm:num_requests_running", "Sequences that run.", told.running),
             ("vllm:num_requests_waiting", "Sequences that wait.", told.waiting),
             ("vllm:kv_cache_usage_perc", "Part of the cache's blocks in use, 0 to 1.", used),
         ]
-        counters = [
+        counters: list[tuple[str, str, float]] = [
             ("vllm:prompt_tokens", "Prompt tokens computed.", told.prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", told.generated_tokens),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", told.prefix_queried_tokens),

@@ -122,7 +122,7 @@ class ModelResponder:
         self._timeout = timeout
         longest = llm.engine.max_model_len
         if max_model_len is not None and not 1 <= max_model_len <= longest:
-            raise InputError(f"max_model_len is {max_model_len}, must be from 1 to {longest}, what model and cache hold")
+            raise InputError(f"max_model_len is {max_model_len}, must be from 1 to {longest}: model and cache")
         self.max_model_len = max_model_len or longest
         self.thread = EngineThread(llm.engine)
         dsml = self._tokenizer.id_of(DSML)

@@ -97,10 +97,10 @@ class _Answer:
     def _part(self, part: Event, logprobs: list[dict[str, Any]]) -> Iterator[Step]:
         if isinstance(part, ToolCall):
             yield from self._close()
-            item = {"type": "function_call", "id": _id("fc"), "call_id": _id("call"), "name": part.name,
+            call: Item = {"type": "function_call", "id": _id("fc"), "call_id": _id("call"), "name": part.name,
                     "arguments": "", "status": "in_progress"}  # fmt: skip
-            yield from self._open(item)
-            item["arguments"] = part.arguments
+            yield from self._open(call)
+            call["arguments"] = part.arguments
             yield "response.function_call_arguments.delta", self._at(delta=part.arguments)
             yield "response.function_call_arguments.done", self._at(name=part.name, arguments=part.arguments)
             yield from self._close()
@@ -108,7 +108,7 @@ class _Answer:
         kind = "reasoning" if isinstance(part, Reasoning) else "message"
         if not self.output or self.output[-1]["type"] != kind or self.output[-1]["status"] != "in_progress":
             yield from self._close()
-            item = {"type": kind, "id": _id("rs" if kind == "reasoning" else "msg"), "status": "in_progress",
+            item: Item = {"type": kind, "id": _id("rs" if kind == "reasoning" else "msg"), "status": "in_progress",
                     "content": []}  # fmt: skip
             item |= {"summary": []} if kind == "reasoning" else {"role": "assistant"}
             yield from self._open(item)

@@ -103,7 +103,7 @@ class ResponsesRequest(Strict):
                 'add "message.output_text.logprobs" to include',
             )
         given = {"temperature": self.temperature, "top_p": self.top_p}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         logprobs = (self.top_logprobs or 0) if self.wants_logprobs else None
         return SamplingParams(**chosen, max_tokens=self.max_output_tokens, logprobs=logprobs)
 

@@ -78,7 +78,9 @@ def with_allowed_hosts(listener: Listener, settings: ServerSettings) -> ServerSe
     return replace(settings, allowed_hosts=tuple(dict.fromkeys((*LOOPBACK_NAMES, listener.host))))
 
 
-def serve(app: FastAPI, bound: socket.socket, listener: Listener, settings: ServerSettings, names: Sequence[str]) -> None:
+def serve(
+    app: FastAPI, bound: socket.socket, listener: Listener, settings: ServerSettings, names: Sequence[str]
+) -> None:
     """Serve until a signal; then finish what runs, for at most the drain timeout."""
     configure(listener.log_level, listener.log_format)
     with bound:

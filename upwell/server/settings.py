@@ -17,6 +17,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     api_keys_file: Path | None = None
     open_paths: tuple[str, ...] = ("/", "/health", "/ready", "/metrics", "/favicon.ico", "/assets/")
+    streamed_paths: tuple[str, ...] = ("/api/tables",)  # uploads: their bodies aren't read, nor limited, before the app
     allowed_origins: tuple[str, ...] = ()  # of web pages on other hosts
     allowed_hosts: tuple[str, ...] | None = None
     audit_log: Path | None = None

@@ -41,7 +41,7 @@ class Tracing:
         start = int(record.at * 1e9)
         context = self._parent.extract({"traceparent": record.traceparent}) if record.traceparent else None
         # Names are OpenTelemetry's conventions for HTTP and generative AI.
-        attributes = {
+        attributes: dict[str, str | int] = {
             "http.request.method": record.method,
             "url.path": record.path,
             "http.response.status_code": record.status,
