@@ -12,7 +12,8 @@ from upwell.errors import UpwellError
 
 COMMANDS = {
     "ask": "answer a question from a table: CSV, Parquet, JSON, Excel, SQLite",
-    "serve": "serve a model by OpenAI's API",
+    "serve": "serve a model by the APIs of OpenAI and Anthropic",
+    "key": "make an API key for the server",
     "run": "continue a prompt",
     "chat": "talk to a model",
     "bench": "measure prefill, decode or serving",
