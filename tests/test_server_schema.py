@@ -1,4 +1,4 @@
-"""schemathesis on the served OpenAPI document: whatever fits it, or misses it, no answer is a 5xx. Bounded and seeded."""
+"""schemathesis on the served OpenAPI document: whatever fits or misses it, no answer is a 5xx. Bounded and seeded."""
 
 from __future__ import annotations
 
