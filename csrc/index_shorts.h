@@ -85,27 +85,29 @@ static float shorten_query(const float* q, const float* w, int64_t heads, int64_
   return total;
 }
 
-// Approximate s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
-INLINE void short_tile(const int32_t* q, const float* factor, int64_t heads, int64_t pairs, const ShortKeys& keys, float* out) {
-  Vec s0{}, s1{};
-  for (int64_t h = 0; h < heads; h += 4) {
-    const int count = heads - h < 4 ? int(heads - h) : 4;
-    VecI a0[4] = {}, a1[4] = {};
-    const int32_t* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = q + (h + (i < count ? i : 0)) * pairs;
-    for (int64_t k = 0; k < pairs; ++k) {
-      const VecI b0 = load_ints(keys.pairs + k * kTile), b1 = load_ints(keys.pairs + k * kTile + kLanes);
-      for (int i = 0; i < 4; ++i) {
-        const VecI v = VecI{} + rows[i][k];
-        a0[i] = dot_pairs(a0[i], v, b0);
-        a1[i] = dot_pairs(a1[i], v, b1);
-      }
-    }
-    for (int i = 0; i < count; ++i) {
-      s0 += __builtin_convertvector(a0[i] > 0 ? a0[i] : VecI{}, Vec) * factor[h + i];
-      s1 += __builtin_convertvector(a1[i] > 0 ? a1[i] : VecI{}, Vec) * factor[h + i];
+template <int H>
+INLINE void short_heads(const int32_t* q, const float* factor, int64_t pairs, const int32_t* keys, Vec& s0, Vec& s1) {
+  VecI a0[H] = {}, a1[H] = {};
+  for (int64_t k = 0; k < pairs; ++k) {
+    const VecI b0 = load_ints(keys + k * kTile), b1 = load_ints(keys + k * kTile + kLanes);
+    for (int h = 0; h < H; ++h) {
+      const VecI v = VecI{} + q[h * pairs + k];
+      a0[h] = dot_pairs(a0[h], v, b0);
+      a1[h] = dot_pairs(a1[h], v, b1);
     }
   }
+  for (int h = 0; h < H; ++h) {
+    s0 += __builtin_convertvector(a0[h] > 0 ? a0[h] : VecI{}, Vec) * factor[h];
+    s1 += __builtin_convertvector(a1[h] > 0 ? a1[h] : VecI{}, Vec) * factor[h];
+  }
+}
+
+// Approximate s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
+static void short_tile(const int32_t* q, const float* factor, int64_t heads, int64_t pairs, const ShortKeys& keys, float* out) {
+  Vec s0{}, s1{};
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) short_heads<4>(q + h * pairs, factor + h, pairs, keys.pairs, s0, s1);
+  for (; h < heads; ++h) short_heads<1>(q + h * pairs, factor + h, pairs, keys.pairs, s0, s1);
   store(out, s0 * load(keys.step));
   store(out + kLanes, s1 * load(keys.step + kLanes));
 }

@@ -11,27 +11,29 @@ static void key_tile(const float* const* rows, int n, int64_t c, float* tile) {
     }
 }
 
-// s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
-INLINE void index_tile(const float* q, const float* w, int64_t heads, int64_t c, const float* tile, float* out) {
-  Vec s0{}, s1{};
-  for (int64_t h = 0; h < heads; h += 4) {
-    const int count = heads - h < 4 ? int(heads - h) : 4;
-    Vec a0[4] = {}, a1[4] = {};
-    const float* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = q + (h + (i < count ? i : 0)) * c;
-    for (int64_t k = 0; k < c; ++k) {
-      const Vec b0 = load(tile + k * kTile), b1 = load(tile + k * kTile + kLanes);
-      for (int i = 0; i < 4; ++i) {
-        const Vec v = splat(rows[i][k]);
-        a0[i] += v * b0;
-        a1[i] += v * b1;
-      }
-    }
-    for (int i = 0; i < count; ++i) {
-      s0 += select(a0[i] < 0.0f, zero(), a0[i]) * w[h + i];
-      s1 += select(a1[i] < 0.0f, zero(), a1[i]) * w[h + i];
+template <int H>
+INLINE void index_heads(const float* q, const float* w, int64_t c, const float* tile, Vec& s0, Vec& s1) {
+  Vec a0[H] = {}, a1[H] = {};
+  for (int64_t k = 0; k < c; ++k) {
+    const Vec b0 = load(tile + k * kTile), b1 = load(tile + k * kTile + kLanes);
+    for (int h = 0; h < H; ++h) {
+      const Vec v = splat(q[h * c + k]);
+      a0[h] += v * b0;
+      a1[h] += v * b1;
     }
   }
+  for (int h = 0; h < H; ++h) {
+    s0 += select(a0[h] < 0.0f, zero(), a0[h]) * w[h];
+    s1 += select(a1[h] < 0.0f, zero(), a1[h]) * w[h];
+  }
+}
+
+// s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
+static void index_tile(const float* q, const float* w, int64_t heads, int64_t c, const float* tile, float* out) {
+  Vec s0{}, s1{};
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) index_heads<4>(q + h * c, w + h, c, tile, s0, s1);
+  for (; h < heads; ++h) index_heads<1>(q + h * c, w + h, c, tile, s0, s1);
   store(out, s0);
   store(out + kLanes, s1);
 }
