@@ -6,8 +6,6 @@ constexpr int kPanel = 2 * kLanes;                  // columns of a panel
 constexpr int kGemmRows = kLanes == 16 ? 12 : 4;    // rows of a tile: what the registers hold
 constexpr int64_t kDepth = 256;                     // steps of a panel: it streams from L2, the rows stay in L1
 constexpr int64_t kColumns = 512;                   // columns packed at a time
-constexpr int64_t kPackColumns = 128;               // of them at once, row by row
-constexpr int64_t kFetchRows = 8;                   // how far copies fetch ahead
 constexpr int64_t kRowStride = kDepth + kTrainingLine;
 constexpr int64_t kTurnedRows = 264;                // rows of a turned A that are copied at a time: whole tiles
 constexpr int64_t kTurnedStride = 272;              // an odd number of lines
@@ -72,48 +70,43 @@ INLINE Vec load_some_of(const float* p, int64_t left) {  // zero beyond what is 
   return left > 0 ? load_part(p, int(left)) : zero();
 }
 
-INLINE void copy_floats(const float* from, int64_t n, float* to) {
-  map(to, from, n, [](Vec v, int64_t) { return v; });
-}
-// Copies of `count` rows of n floats, each fetched some rows ahead: far apart, they are not a stream to the hardware.
-template <class F>
-INLINE void each_row(const float* from, int64_t stride, int64_t count, int64_t n, F copy) {
-  for (int64_t k = 0; k < count; ++k, from += stride) {
-    if (k + kFetchRows < count)
-      for (int64_t at = 0; at < n; at += kTrainingLine) __builtin_prefetch(from + kFetchRows * stride + at);
-    copy(from, k);
-  }
-}
-
 // Steps [0, depth) of columns [0, columns) of B, whole panels, zeros beyond the last column.
-static void pack_rows(const float* b, int64_t b_row, int64_t columns, int64_t depth, float* packed) {
-  for (int64_t j = 0; j < columns; j += kPackColumns) {
-    const int64_t count = columns - j < kPackColumns ? columns - j : kPackColumns;
-    each_row(b + j, b_row, depth, count, [&](const float* from, int64_t k) {
-      for (int64_t at = 0; at < count; at += kPanel) {
-        float* to = packed + (j + at) * depth + k * kPanel;
-        store(to, load_some_of(from + at, count - at));
-        store(to + kLanes, load_some_of(from + at + kLanes, count - at - kLanes));
-      }
-    });
-  }
-}
-// The same where B's columns lie as rows, `b_step` apart.
-static void pack_columns(const float* b, int64_t b_step, int64_t columns, int64_t depth, float* packed) {
-  for (int64_t j = 0; j < columns; j += kPanel, packed += kPanel * depth)
+static void pack_panels(const float* b, int64_t b_row, int64_t b_step, int64_t columns, int64_t depth, float* packed) {
+  for (int64_t j = 0; j < columns; j += kPanel, packed += kPanel * depth) {
+    const int64_t left = columns - j;
+    if (b_step == 1) {
+      const float* from = b + j;
+      if (left >= kPanel)
+        for (int64_t k = 0; k < depth; ++k, from += b_row) {
+          store(packed + k * kPanel, load(from));
+          store(packed + k * kPanel + kLanes, load(from + kLanes));
+        }
+      else
+        for (int64_t k = 0; k < depth; ++k, from += b_row) {
+          store(packed + k * kPanel, load_some_of(from, left));
+          store(packed + k * kPanel + kLanes, load_some_of(from + kLanes, left - kLanes));
+        }
+      continue;
+    }
     for (int half = 0; half < 2; ++half)
       for (int64_t k = 0; k < depth; k += kLanes) {
         Vec v[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          const int64_t column = j + half * kLanes + i;
-          v[i] = column < columns ? load_some_of(b + column * b_step + k, depth - k) : zero();
+          const int64_t column = half * kLanes + i;
+          v[i] = column < left ? load_some_of(b + (j + column) * b_step + k, depth - k) : zero();
         }
         transpose(v);
         float* to = packed + k * kPanel + half * kLanes;
-        const int steps = depth - k < kLanes ? int(depth - k) : kLanes;
-        for (int i = 0; i < steps; ++i) store(to + i * kPanel, v[i]);
+        const int64_t steps = depth - k < kLanes ? depth - k : kLanes;
+        if (steps == kLanes) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) store(to + i * kPanel, v[i]);
+        } else {
+          for (int i = 0; i < steps; ++i) store(to + i * kPanel, v[i]);
+        }
       }
+  }
 }
 
 // Lines of A's rows of the next tile, fetched one a step while this one is computed.
@@ -174,6 +167,10 @@ static void gemm_rows(const float* a, int64_t a_step, const float* panels, int64
   }
 }
 
+INLINE void copy_floats(const float* from, int64_t n, float* to) {
+  map(to, from, n, [](Vec v, int64_t) { return v; });
+}
+
 // A's rows lie as rows: a tile's worth is copied at a time. `a` is at the first step.
 static void gemm_plain(const Gemm& g, const float* a, const float* packed, float* rows_at, float* c, int64_t depth,
                        int64_t columns, bool add) {
@@ -190,8 +187,7 @@ static void gemm_turned(const Gemm& g, const float* a, const float* packed, floa
                         int64_t columns, bool add) {
   for (int64_t first = 0; first < g.rows; first += kTurnedRows, a += kTurnedRows) {
     const int64_t count = g.rows - first < kTurnedRows ? g.rows - first : kTurnedRows;
-    each_row(a, g.a_step, depth, count,
-             [&](const float* from, int64_t k) { copy_floats(from, count, rows_at + k * kTurnedStride); });
+    for (int64_t k = 0; k < depth; ++k) copy_floats(a + k * g.a_step, count, rows_at + k * kTurnedStride);
     for (int64_t i = 0; i < count; i += kGemmRows, c += kGemmRows * g.c_row) {
       const int64_t rows = count - i < kGemmRows ? count - i : kGemmRows;
       gemm_rows<true>(rows_at + i, kTurnedStride, packed, depth, c, g.c_row, rows, columns, add, {});
@@ -205,9 +201,7 @@ static void gemm(const Gemm& g, float* workspace) {
     const int64_t columns = g.columns - j < kColumns ? g.columns - j : kColumns;
     for (int64_t k = 0; k < g.depth; k += kDepth) {
       const int64_t depth = g.depth - k < kDepth ? g.depth - k : kDepth;
-      const float* b = g.b + k * g.b_row + j * g.b_step;
-      if (g.b_step == 1) pack_rows(b, g.b_row, columns, depth, packed);
-      else pack_columns(b, g.b_step, columns, depth, packed);
+      pack_panels(g.b + k * g.b_row + j * g.b_step, g.b_row, g.b_step, columns, depth, packed);
       const auto rows = g.a_step == 1 ? gemm_plain : gemm_turned;
       rows(g, g.a + k * g.a_step, packed, rows_at, g.c + j, depth, columns, g.add || k > 0);
     }

@@ -17,6 +17,8 @@ from upwell.ops import (
     attention_autograd,
     attention_native,
     gradients,
+    hc_autograd,
+    hyper_connections,
     linear_autograd,
     moe,
     moe_autograd,
@@ -219,6 +221,23 @@ def test_linear_maps_match_the_definition(tokens: int, inputs: int, outputs: tup
 
     assert_same(ours, lambda x, *weights: x @ torch.cat(weights).t(), tensors, False)
     assert_one_thread_gives_the_same(ours, tensors)
+
+
+@pytest.mark.parametrize(("tokens", "h", "dim"), [(1, 4, 30), (300, 4, 64), (37, 2, 17)])
+def test_head_collapse_matches_the_definition(tokens: int, h: int, dim: int, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (tokens, h, dim), (h, h * dim), (h,), (1,)
+    tensors = [torch.randn(s, generator=generator) for s in shapes]
+    tensors[1] *= (h * dim) ** -0.5
+    if kernels == "plain":
+        assert not hc_autograd.usable(tensors[0])
+        return
+
+    def plain(streams: Tensor, *weights: Tensor) -> Tensor:
+        pre = hyper_connections.head_mix(streams, weights[0], weights[1], weights[2], 1e-2, 1e-6)
+        return hyper_connections.collapse(streams, pre)
+
+    assert_same(lambda x, f, b, s: hc_autograd.collapse(x, f, b, s, 1e-2, 1e-6), plain, tensors, False)
 
 
 @pytest.mark.parametrize(("tokens", "groups", "inputs", "outputs"), [(3, 2, 5, 4), (600, 4, 256, 64), (270, 3, 40, 50)])

@@ -53,6 +53,8 @@ class HyperHead(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """[T, h, D] -> [T, D]."""
+        if torch.is_grad_enabled() and hc_autograd.usable(streams):
+            return hc_autograd.collapse(streams, self.fn, self.base, self.scale, self.eps, self.norm_eps)
         return hc.collapse(
             streams, hc.head_mix(streams, self.fn, self.base, self.scale, self.eps, self.norm_eps)
         )

@@ -93,3 +93,13 @@ def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor
     """streams [T, h, D], output [T, D] -> the next streams [T, h, D]."""
     out: Tensor = _Leave.apply(streams, output.float(), post, comb)
     return out
+
+
+def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """The final head's `head_mix` and `collapse`: streams [T, h, D], fn [h, hD], base [h], scale [1] -> [T, D].
+
+    It is `enter` with a way out that nobody takes.
+    """
+    spare = fn.shape[0] * (1 + streams.shape[1])
+    padded = F.pad(fn, (0, 0, 0, spare)), F.pad(base, (0, spare)), F.pad(scale, (0, 2))
+    return enter(streams, *padded, 1, eps, norm_eps)[0]

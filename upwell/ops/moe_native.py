@@ -82,7 +82,7 @@ def experts_with_shared(
     x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, shared: tuple[Tensor, Tensor, Tensor],
     limit: float,
 ) -> Tensor:  # fmt: skip
-    """`ops.moe.grouped_experts` plus the shared expert, w1 and w3 [J, D], w2 [D, J]: x [T, D] -> [T, D]."""
+    """`ops.moe.grouped_experts` plus the shared expert, w1 [J, D], w3 [J, D] and w2 [D, J]: x [T, D] -> [T, D]."""
     w1, w3, down = shared
     out: Tensor = _Experts.apply(x, experts, weights, w13, w2, limit, w1, w3, down)
     return out
