@@ -9,6 +9,7 @@ struct Buffers {  // all from the workspace
   float *tile, *rows_buffer, *qt, *probs, *row, *index_scores, *index_q;  // of one thread from here on
   int64_t* keys;
   const float** pointers;
+  Inputs inputs;
 };
 
 struct Bump {
@@ -66,6 +67,7 @@ static int64_t lay_out(const Model& m, int64_t tokens, int64_t entries, char* ba
   Bump local{base};
   local.take(b.tile, widest * kTile);
   local.take(b.rows_buffer, widest * 4);
+  local.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
   local.take(b.qt, d * kLanes);
   local.take(b.probs, keys * kLanes);
   local.take(b.row, d);
@@ -78,6 +80,7 @@ static int64_t lay_out(const Model& m, int64_t tokens, int64_t entries, char* ba
     Bump mine{base + shared.used + own * thread};
     mine.take(b.tile, widest * kTile);
     mine.take(b.rows_buffer, widest * 4);
+    mine.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
     mine.take(b.qt, d * kLanes);
     mine.take(b.probs, keys * kLanes);
     mine.take(b.row, d);
@@ -114,7 +117,7 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
     if (t0 >= t1) return;
     const int64_t first = tile * kTile;
     const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
-    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer);
+    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, b.inputs, w.phase);
   });
 }
 
@@ -422,8 +425,8 @@ struct Forward {
       float* up = b.up + (shared ? T * k * m.inter : 0);
       const int64_t first = tile * kTile;
       const int width = int(inter - first < kTile ? inter - first : kTile);
-      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
-      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
+      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer, b.inputs, w.phase);
+      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer, b.inputs, w.phase);
       const float limit = float(m.swiglu_limit);
       for (int64_t r = r0; r < r1; ++r) {
         float* g = hidden + r * inter + first;
@@ -449,7 +452,7 @@ struct Forward {
       const int64_t inter = shared ? m.shared_inter : m.inter;
       run_job({l.experts[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
                shared ? b.shared_out : b.expert_out, m.hidden},
-              first, width, r0, r1, b.tile, b.rows_buffer);
+              first, width, r0, r1, b.tile, b.rows_buffer, b.inputs, w.phase);
     });
     w.barrier();
     w.units(T, [&](int64_t t) {
@@ -500,8 +503,10 @@ static void head_body(Worker& w, void* argument) {
   const int64_t widest = max64(h * m.hidden, m.hidden);
   Buffers b;
   float *z = call.workspace, *x = z + T * h;
-  b.tile = x + T * m.hidden + w.id * widest * (kTile + 4);
+  const int64_t packed = kPackedRows * packed_row_bytes(widest) / 4;
+  b.tile = x + T * m.hidden + w.id * (widest * (kTile + 4) + packed);
   b.rows_buffer = b.tile + widest * kTile;
+  b.inputs.space = reinterpret_cast<char*>(b.rows_buffer + widest * 4);
   Job job{call.fn, call.streams, h * m.hidden, T, z, h};
   run_jobs(w, b, &job, 1);
   w.barrier();
@@ -518,7 +523,8 @@ static void head_body(Worker& w, void* argument) {
 
 static int64_t head_workspace_bytes(const Model& m, int64_t tokens, int threads) {
   const int64_t widest = m.streams * m.hidden;
-  return 4 * (tokens * (m.streams + m.hidden) + threads * widest * (kTile + 4));
+  return 4 * (tokens * (m.streams + m.hidden) + threads * widest * (kTile + 4)) +
+         threads * kPackedRows * packed_row_bytes(widest);
 }
 
 extern const Kernels kernels;

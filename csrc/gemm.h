@@ -69,6 +69,8 @@ static const float* weight_row(const Matrix& m, int64_t row, float* buffer) {
   return buffer;
 }
 
+#include "packed.h"
+
 // R weight rows times C input rows, all lanes along the columns.
 template <int R, int C>
 INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
@@ -182,10 +184,13 @@ struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
 };
 
 // Weight rows [first, first + width) of a job for its rows [t0, t1). tile: [cols * kTile] scratch, buffer [4 cols].
-static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_t t1, float* tile, float* buffer) {
+// `inputs` and the phase serve packed weights (packed.h).
+static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_t t1, float* tile, float* buffer,
+                    Inputs& inputs, int phase) {
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
+  if (packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, inputs, phase)) return;
   if (t > kFewRows) {
     pack_tile(job.m, first, width, tile, buffer);
     times_tile(x, job.ldx, t, tile, n, out, job.ldo, width);

@@ -1,5 +1,11 @@
 // The functions that every instruction set provides.
 #pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +26,9 @@ namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
+#elif defined(__aarch64__)
+namespace dotprod { extern const Kernels kernels; }
 #endif
 
 }  // namespace upwell

@@ -1,7 +1,7 @@
 """The C++ kernels (csrc/): loading, choice of instruction set, threads, and the structs they are called with.
 
 A plain C library by ctypes, which releases the GIL during calls. Without it everything runs in plain PyTorch.
-UPWELL_KERNELS=off disables it; UPWELL_KERNELS=baseline|avx2|avx512 forces an instruction set.
+UPWELL_KERNELS=off disables it; UPWELL_KERNELS=baseline|avx2|avx512|avx512vnni|dotprod forces an instruction set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from upwell.errors import UpwellError
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "dotprod")
 
 
 class Matrix(ctypes.Structure):
