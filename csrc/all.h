@@ -1,7 +1,12 @@
 #include "simd.h"
 #include "gemm.h"
 #include "attention.h"
+#include "indexer.h"
 #include "mixing.h"
+#include "workspace.h"
+#include "layer.h"
+#include "phases.h"
+#include "blocks.h"
 #include "forward.h"
 #ifndef UPWELL_INFERENCE_ONLY
 #include "training_rows.h"
