@@ -7,6 +7,7 @@
 #include "layer.h"
 #include "phases.h"
 #include "blocks.h"
+#include "product.h"
 #include "forward.h"
 #ifndef UPWELL_INFERENCE_ONLY
 #include "training_rows.h"

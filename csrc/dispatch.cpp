@@ -87,4 +87,10 @@ int64_t upwell_head_workspace_bytes(const upwell::HeadCall* call, int threads) {
 }
 
 void upwell_head(upwell::HeadCall* call) { upwell::run_team(upwell::current->kernels->head, call); }
+
+int64_t upwell_product_workspace_bytes(int64_t cols, int threads) {
+  return upwell::current->kernels->product_workspace_bytes(cols, threads);
+}
+
+void upwell_product(upwell::ProductCall* call) { upwell::run_team(upwell::current->kernels->product, call); }
 }

@@ -170,27 +170,33 @@ INLINE void packed_chunk(const Rows& w, int64_t col, int64_t ahead, const Inputs
   constexpr int P = kParts<F>;
   Vec shared = splat(1.0f);
   if constexpr (F == kFP8) shared = splat(power_of_two(int(w.scale[col / 128]) - 127 + kLift<F>));
+  Vec parts[R][P], factor[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const uint8_t* p = w.data + r * w.row_bytes + col * 4 / P;
     __builtin_prefetch(p + ahead, 0, 2);  // into L2: L1 holds the inputs
     const VecI word = load_words(p);
-    Vec parts[P], factor = shared;
-    decode<F>(word, parts);
+    decode<F>(word, parts[r]);
     if constexpr (F == kFP8) nan |= (word & 0x7f7f7f7f) + 0x01010101;
-    if constexpr (F == kFP4) factor = lane_scales(w.scale + r * w.row_scales + col / 32, kLift<F>);
+    factor[r] = shared;
+    if constexpr (F == kFP4) factor[r] = lane_scales(w.scale + r * w.row_scales + col / 32, kLift<F>);
     if constexpr (C == 1 && F != kBF16) {
       const float* x = in.row<float>(c0) + col;
-      Vec sum = parts[0] * load(x);
+      Vec sum = parts[r][0] * load(x);
 #pragma GCC unroll 8
-      for (int k = 1; k < P; ++k) sum += parts[k] * load(x + k * kLanes);
-      acc[r][0] += sum * factor;
-    } else {
+      for (int k = 1; k < P; ++k) sum += parts[r][k] * load(x + k * kLanes);
+      acc[r][0] += sum * factor[r];
+    }
+  }
+  if constexpr (C > 1 || F == kBF16) {
 #pragma GCC unroll 8
-      for (int k = 0; k < P; ++k) {
-        if constexpr (F != kBF16) parts[k] *= factor;
+    for (int k = 0; k < P; ++k) {
+      if constexpr (F != kBF16)
+        for (int r = 0; r < R; ++r) parts[r][k] *= factor[r];
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) acc[r][c] += parts[k] * load(in.row<float>(c0 + c) + col + k * kLanes);
+      for (int c = 0; c < C; ++c) {
+        const Vec x = load(in.row<float>(c0 + c) + col + k * kLanes);  // once for all rows
+        for (int r = 0; r < R; ++r) acc[r][c] += parts[r][k] * x;
       }
     }
   }
@@ -228,6 +234,7 @@ static void packed_block(const Rows& w, int64_t from, int64_t to, int64_t ahead,
       if (F == kFP8) scale[0] = w.scale[col / 128];
       if (F == kFP4) __builtin_memcpy(scale + r * 4, w.scale + r * w.row_scales + col / 32, size_t((to - col) / 32));
     }
+    ahead = 0;
     step(Rows{data - col * 4 / kParts<F>, scale - (F == kFP8 ? col / 128 : col / 32), bytes, 4}, col);
   }
   for (int i = 0; i < R * C; ++i) sums[i] = acc[i / C][i % C];

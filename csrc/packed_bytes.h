@@ -124,22 +124,29 @@ INLINE ByteVec doubles_of_codes() {
 template <int R, int C>
 INLINE void byte_chunk(const uint8_t* data, const uint8_t* scale, int64_t row_bytes, int64_t row_scales, int64_t at,
                        int64_t ahead, const Inputs& in, int64_t c0, int64_t col, ByteVec table, Vec (&acc)[R][C]) {
+  ByteVec even[R], odd[R];
+  Vec factor[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const uint8_t* p = data + r * row_bytes + at / 2;
     __builtin_prefetch(p + ahead, 0, 2);  // into L2: L1 holds the inputs
     const ByteVec packed = load_bytes(p);
-    const ByteVec even = look_up(table, low_nibbles(packed)), odd = look_up(table, high_nibbles(packed));
-    const Vec factor = byte_scales(scale + r * row_scales + at / 32);
+    even[r] = look_up(table, low_nibbles(packed)), odd[r] = look_up(table, high_nibbles(packed));
+    factor[r] = byte_scales(scale + r * row_scales + at / 32);
+  }
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const ByteChunk& x = in.row<ByteChunk>(c0 + c)[col / (2 * VECTOR_BYTES)];
-      VecI sum{};
-#pragma GCC unroll 3
-      for (int part = 0; part < 3; ++part)
-        sum = dot_bytes(part ? sum << 8 : sum, even, load_bytes(x.part[part][0]), odd, load_bytes(x.part[part][1]));
-      sum += *reinterpret_cast<const VecI*>(x.start);
-      acc[r][c] += __builtin_convertvector(sum, Vec) * (load(x.scale) * factor);
+  for (int c = 0; c < C; ++c) {
+    const ByteChunk& x = in.row<ByteChunk>(c0 + c)[col / (2 * VECTOR_BYTES)];
+    ByteVec part[3][2];  // once for all rows
+    for (int i = 0; i < 6; ++i) part[i / 2][i % 2] = load_bytes(x.part[i / 2][i % 2]);
+    const VecI start = *reinterpret_cast<const VecI*>(x.start);
+    const Vec scales = load(x.scale);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      VecI sum = dot_bytes(VecI{}, even[r], part[0][0], odd[r], part[0][1]);
+      sum = dot_bytes(sum << 8, even[r], part[1][0], odd[r], part[1][1]);
+      sum = dot_bytes(sum << 8, even[r], part[2][0], odd[r], part[2][1]);
+      acc[r][c] += __builtin_convertvector(sum + start, Vec) * (scales * factor[r]);
     }
   }
 }

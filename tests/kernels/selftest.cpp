@@ -104,7 +104,7 @@ std::vector<float> product(const Weight& w, const std::vector<float>& x, int64_t
   const Job job{w.m, x.data(), n, t, out.data(), rows};
   for (int phase = 0; phase < repeats; ++phase)
     for (int64_t first = 0; first < rows; first += kTile)
-      run_job(job, first, int(rows - first < kTile ? rows - first : kTile), 0, t, tile.data(), buffer.data(), inputs, phase);
+      run_job(job, first, int(rows - first < kTile ? rows - first : kTile), 0, t, tile.data(), buffer.data(), &inputs, phase);
   return out;
 }
 
@@ -160,11 +160,15 @@ void check_attention(int heads, int64_t dim, int64_t rope, int64_t n) {
   const auto q = draw(size_t(heads * dim)), rows = draw(size_t(n * dim)), sink = draw(size_t(heads));
   std::vector<float> cos, sin;
   for (int64_t i = 0; i < rope / 2; ++i) cos.push_back(float(std::cos(0.7 * double(i)))), sin.push_back(float(std::sin(0.7 * double(i))));
+  std::vector<float> turn(size_t(2 * rope));  // as rotate wants it
+  for (int64_t i = 0; i < rope; ++i) {
+    turn[size_t(i)] = cos[size_t(i / 2)];
+    turn[size_t(rope + i)] = i % 2 ? sin[size_t(i / 2)] : -sin[size_t(i / 2)];
+  }
   std::vector<const float*> pointers;
   for (int64_t j = 0; j < n; ++j) pointers.push_back(&rows[size_t((j * 7 % n) * dim)]);
-  std::vector<float> qt(size_t(dim * kLanes)), scores(size_t(n * kLanes)), row(static_cast<size_t>(dim)), out(size_t(heads * dim));
-  attend_query(q.data(), heads, dim, 1e-6f, cos.data(), sin.data(), rope, sink.data(), pointers.data(), n, qt.data(),
-               scores.data(), row.data(), out.data());
+  std::vector<float> qt(size_t((dim + kLanes) * kLanes)), scores(size_t(n * kLanes)), out(size_t(heads * dim));
+  attend_query(q.data(), heads, dim, 1e-6f, turn.data(), rope, sink.data(), pointers.data(), n, qt.data(), scores.data(), out.data());
   for (int h = 0; h < heads; ++h) {
     std::vector<double> query(static_cast<size_t>(dim));
     double square = 0;

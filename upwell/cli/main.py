@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "serve a model by OpenAI's API",
     "run": "continue a prompt",
     "chat": "talk to a model",
+    "doctor": "show versions, kernels, memory and usable devices",
     "inspect": "show a model's layers, parameters, bytes and cache",
 }
 
