@@ -145,7 +145,7 @@ class Geometry:
             dense = 2 * config.vocab_size * d + layers * 200e6  # the head, and what a layer's rest takes at most
             experts = min(self.flash.n_routed_experts, int((gib * 2**30 - dense) / layers / self.expert_bytes))
         if experts < config.num_experts_per_tok:
-            raise SystemExit(f"{gib} GiB hold {experts} experts a layer, fewer than a token takes: more --gib, fewer --layers")
+            raise SystemExit(f"{gib} GiB hold {experts} experts a layer, a token takes more: raise --gib")
         self.config = dataclasses.replace(config, n_routed_experts=experts)
         with torch.device("meta"):
             self.model = Transformer(self.config)
@@ -223,7 +223,7 @@ def measure(geometry: Geometry, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def project(geometry: Geometry, result: dict[str, Any], hosts: dict[str, float]) -> list[dict[str, Any]]:
-    """Tokens a second of all of Flash where a plain read has the given bandwidth and decoding gets the share seen here."""
+    """Tokens a second of all of Flash where a plain read has that bandwidth and decoding gets the share seen here."""
     return [
         {"host": host, "gb_s": speed, "batch": row["batch"],
          "tok_s": row["batch"] * row["share"] * speed * 1e9 / geometry.flash_bytes(row["batch"])}

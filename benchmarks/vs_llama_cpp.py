@@ -250,8 +250,7 @@ def write_gguf(model: Any, path: Path) -> None:
                 data = np.stack([mxfp4(*expert[leaf]) for expert in experts.packed])
                 writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.MXFP4)
             else:
-                part = experts.w2 if leaf == "w2" else experts.w13[:, :inter] if leaf == "w1" else experts.w13[:, inter:]
-                add(name, part.detach())
+                add(name, {"w1": experts.w13[:, :inter], "w3": experts.w13[:, inter:], "w2": experts.w2}[leaf].detach())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -334,10 +333,12 @@ def race(ours: Any, theirs: Theirs, ids: Any, rounds: int) -> dict[str, Any]:
         times["their decode"].append(theirs.ask(do="decode", steps=STEPS))
     result: dict[str, Any] = {"seconds": times}
     for what, tokens_each in (("prefill", PREFILL), ("decode", 1)):
-        mine, other = (statistics.median(times[f"{who} {what}"]) for who in ("our", "their"))
+        each = [times[f"{who} {what}"] for who in ("our", "their")]
+        mine, other = map(statistics.median, each)
         result[what] = {"ours_tok_s": tokens_each / mine, "theirs_tok_s": tokens_each / other, "ratio": other / mine}
-        spread = [f"{tokens_each / max(t):,.0f}..{tokens_each / min(t):,.0f}" for t in (times[f"our {what}"], times[f"their {what}"])]
-        print(f"  {what}: ours {tokens_each / mine:,.0f} ({spread[0]})  llama.cpp {tokens_each / other:,.0f} ({spread[1]})"
+        spread = [f"{tokens_each / max(t):,.0f}..{tokens_each / min(t):,.0f}" for t in each]
+        print(f"  {what}: ours {tokens_each / mine:,.0f} ({spread[0]})  "
+              f"llama.cpp {tokens_each / other:,.0f} ({spread[1]})"
               f"  {other / mine:.2f}x: {'ahead' if other > mine else 'BEHIND'}", flush=True)  # fmt: skip
     return result
 

@@ -36,7 +36,9 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     return linear(x, weight, scale) if native.library() is None else native.product(x, weight, scale)
 
 
-def random_weight(kind: str, rows: int, cols: int, seed: int, exponents: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def random_weight(
+    kind: str, rows: int, cols: int, seed: int, exponents: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """All codes but NaN's, scales 2^exponents."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -129,7 +131,8 @@ def test_every_code_has_its_value(isa: str, kind: str) -> None:
         sizes = [(8 + c % 8) * 2.0 ** (c // 8 - 10) if c >= 8 else c * 2.0**-9 for c in range(127)] + [float("nan")]
     else:
         weight = torch.zeros(16, 64, dtype=torch.uint8)
-        weight[torch.arange(16), torch.arange(16) * 3] = torch.arange(16, dtype=torch.uint8) << (torch.arange(16) % 2 * 4)
+        for code in range(16):
+            weight[code, 3 * code] = code << (code % 2 * 4)
         got = product(torch.ones(1, 128), weight, torch.full((16, 4), 127, dtype=torch.uint8))
         sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     expected = torch.tensor(sizes + [-s for s in sizes])
