@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVE ?=
 
-.PHONY: help setup serve test lint chromium bench clean
+.PHONY: help setup serve test lint chromium bench aarch64-check clean
 
 help: ## show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ test: lint chromium ## lint, types and all tests
 
 bench: $(VENV)/.ready-dev ## speed against transformers on the same weights
 	$(BIN)/python benchmarks/vs_transformers.py
+
+aarch64-check: ## compile the kernels for aarch64 and test them under qemu (g++-aarch64-linux-gnu, qemu-user)
+	tests/kernels/check_aarch64.sh
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,9 +8,12 @@
 #include "layer.h"
 #include "phases.h"
 #include "blocks.h"
+#include "product.h"
 #include "forward.h"
+#ifndef UPWELL_INFERENCE_ONLY
 #include "training_rows.h"
 #include "training_gemm.h"
 #include "training_products.h"
 #include "training_attention.h"
 #include "training_streams.h"
+#endif

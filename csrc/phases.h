@@ -19,7 +19,7 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
     if (t0 >= t1) return;
     const int64_t first = tile * kTile;
     const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
-    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer);
+    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
   });
 }
 
@@ -29,7 +29,7 @@ struct ByWeights : LayerPass {
     const Job job{mix.fn, call.streams, m.streams * m.hidden, T, b.z, zs};
     w.units((zs + rows - 1) / rows * ((T + cut - 1) / cut), [&](int64_t u) {
       const int64_t first = u % ((zs + rows - 1) / rows) * rows, t0 = u / ((zs + rows - 1) / rows) * cut;
-      run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer);
+      run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer, &b.inputs, w.phase);
     });
     w.barrier();
     const int64_t end = T * (w.id + 1) / w.team.size;
@@ -183,8 +183,8 @@ struct ByWeights : LayerPass {
       float* up = b.up + (shared ? T * k * m.inter : 0);
       const int64_t first = tile * kTile;
       const int width = int(inter - first < kTile ? inter - first : kTile);
-      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
-      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
+      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
       for (int64_t r = r0; r < r1; ++r) swiglu(hidden + r * inter + first, up + r * inter + first, width);
     });
     w.barrier();
@@ -200,7 +200,7 @@ struct ByWeights : LayerPass {
       const int64_t inter = shared ? m.shared_inter : m.inter;
       run_job({l.experts[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
                shared ? b.shared_out : b.expert_out, m.hidden},
-              first, width, r0, r1, b.tile, b.rows_buffer);
+              first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
     });
     w.barrier();
     tokens([&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });

@@ -12,7 +12,7 @@ namespace {
 
 const TrainingKernels& kernels() {
 #if defined(__x86_64__)
-  if (std::strcmp(upwell_isa(), "avx512") == 0) return avx512::training;
+  if (std::strncmp(upwell_isa(), "avx512", 6) == 0) return avx512::training;
   if (std::strcmp(upwell_isa(), "avx2") == 0) return avx2::training;
 #endif
   return baseline::training;

@@ -8,6 +8,7 @@ struct Buffers {
   int32_t *picks, *route, *order, *pair_of, *group_start, *sequence_of, *finished;
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;
+  Inputs inputs;
 };
 
 struct Bump {
@@ -86,6 +87,7 @@ static int64_t lay_out(const Model& m, int64_t tokens, int64_t entries, char* ba
   for (int i = 0; i <= thread; ++i) {
     own.take(b.tile, widest * kTile);
     own.take(b.rows_buffer, widest * 4);
+    own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
     take_own(own, b, m, entries);
   }
   return shared + own.used / (thread + 1) * threads;

@@ -109,8 +109,17 @@ class _Filler:
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
-            value = self.files.tensor(tensor).to(self.device, self._dtype_of(kind))
+            value = self.files.tensor(tensor)
+            if not self._stays_mapped(module, value):
+                value = value.to(dtype=self._dtype_of(kind))
+            value = value.to(self.device)
             setattr(module, leaf, self._parameter(value) if leaf in module._parameters else value)
+
+    def _stays_mapped(self, module: nn.Module, value: Tensor) -> bool:
+        """Large BF16 matrices (the output head) in an FP32 model on a CPU: reading them is what a step costs, and the
+        product is the same as with a widened copy."""
+        widened = self.dtype == torch.float32 and self.device.type == "cpu"
+        return widened and isinstance(module, Linear) and value.nbytes >= 256 << 20
 
     def _dtype_of(self, kind: Kind) -> torch.dtype:
         if kind in ("float", "norm") or (kind == "router" and self.official):

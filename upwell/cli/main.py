@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "continue a prompt",
     "chat": "talk to a model",
     "bench": "measure prefill, decode or serving",
+    "doctor": "show versions, kernels, memory and usable devices",
     "inspect": "show a model's layers, parameters, bytes and cache",
 }
 
