@@ -1,4 +1,4 @@
-"""schemathesis on the served OpenAPI document: whatever fits it, or misses it, no answer is a 5xx. Bounded, seeded."""
+"""schemathesis on the served OpenAPI document: whatever fits or misses it, no answer is a 5xx. Bounded and seeded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upwell.server.app import create_app
 from upwell.server.responders import ModelResponder
 
 _responder = ModelResponder(build_llm(max_num_seqs=4, cache_tokens=2048), max_model_len=100)
-schema = schemathesis.openapi.from_dict(create_app(_responder, "tiny").openapi())
+schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(_responder, "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ COMMANDS = {
     "key": "make an API key for the server",
     "run": "continue a prompt",
     "chat": "talk to a model",
+    "bench": "measure prefill, decode or serving",
     "inspect": "show a model's layers, parameters, bytes and cache",
 }
 

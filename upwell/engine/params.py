@@ -10,14 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from upwell.engine.structured import StructuredOutputs
-from upwell.errors import InputError
+from upwell.errors import EngineError, InputError
 
-TokenMask = Callable[[list[int]], Sequence[int] | Tensor | None]
-"""From the tokens generated so far to what is allowed next: ids, or a bit for each id (INT32 [vocab / 32], lowest bit
-first), or None for all. Called once a token, and for drafted tokens that may come to nothing."""
+Allowed = Sequence[int] | Tensor | None
+"""What may come next: ids, or a bit for each id (INT32 [vocab / 32], lowest bit first), or None for all."""
+
+TokenMask = Callable[[list[int]], Allowed]
+"""From the tokens generated so far to what is allowed next. Called for each token, and with speculative decoding for
+drafted tokens too, which may come to nothing: it should depend on nothing but its argument."""
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 MAX_LOGPROBS = 20
+
+
+def allowed_after(mask: TokenMask | None, output: list[int]) -> Allowed:
+    """What a mask says. Raises EngineError where it allows nothing."""
+    allowed = None if mask is None else mask(output)
+    if allowed is not None and not (allowed.any() if isinstance(allowed, Tensor) else len(allowed)):
+        raise EngineError(f"the token mask allows nothing after {len(output)} tokens")
+    return allowed
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8
+from upwell.ops import linear_autograd
 
 FP8 = torch.float8_e4m3fn
 PACKED_FP4 = torch.uint8
@@ -19,7 +20,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; or FP4 packed two a byte,
     uint8 [out, in/2], with scale [out, in/32]. Scales are UE8M0 bytes.
     """
-    return F.linear(x, dense_weight(weight, scale, x.dtype))
+    dense = dense_weight(weight, scale, x.dtype)
+    return linear_autograd.linear(x, dense) if linear_autograd.usable(x, dense) else F.linear(x, dense)
 
 
 def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

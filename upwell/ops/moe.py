@@ -13,7 +13,7 @@ from upwell.ops.topk import stable_topk
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
     """sqrt(softplus(W x)): [T, D], [E, D] -> [T, E], FP32."""
-    return F.softplus(F.linear(x.float(), weight.float())).sqrt()
+    return F.softplus(linear(x.float(), weight.float())).sqrt()
 
 
 def route(scores: Tensor, k: int, scaling: float, bias: Tensor | None, experts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import upwell
-from upwell.server import anthropic, errors, openai_chat, openai_completions, operations, responses, tokenize
+from upwell.server import anthropic, errors, openai_chat, openai_completions, operations, responses, tokenize, web
 from upwell.server.audit import AuditLog
 from upwell.server.gate import Gate
 from upwell.server.keys import KeyRing
@@ -50,6 +50,7 @@ def create_app(
 
     app = FastAPI(title="Upwell", version=upwell.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
+    web.install(app)
     service = Service(responder, names, keep_prompts=settings.audit_prompts and audit is not None)
     for api in (openai_chat, openai_completions, responses, anthropic, tokenize):
         app.include_router(api.router(service))
