@@ -2,7 +2,8 @@
 
 FP8 matrices and FP4 (or FP8) experts are used as the files have them, wo_a among them: decoded to BF16 it would take
 twice its size out of memory that can't be dropped, where mapped pages can. Dense tensors whose dtype needs no change
-are mapped too. The mapping is private: writing to a weight never reaches the file.
+are mapped too. The mapping is private: writing to a weight never reaches the file. For an NPU without FP8 and FP4
+(Ascend A2, A3) packed weights are decoded on the host, to the model's dtype.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
 from upwell.checkpoint.shards import Stored
 from upwell.config import Numerics
+from upwell.devices import npu
 from upwell.errors import InputError
 from upwell.model import Transformer
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts
+from upwell.ops.linear import dense_weight
 from upwell.ops.rope import inverse_frequencies
 
 DTYPES = {
@@ -82,6 +85,7 @@ class _Filler:
     def __init__(self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
         self.model, self.plan, self.device = model, plan, device
         self.official = model.numerics == "official"
+        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8
         self.files = MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
@@ -102,10 +106,13 @@ class _Filler:
         tensor, scale = weight
         if scale is not None:
             assert isinstance(module, Linear)
-            module.weight = nn.Parameter(self._as_stored(tensor), requires_grad=False)
-            module.scale = self._as_stored(scale)
             # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
             module.quantize_input = self.official and not path.endswith("wo_a")
+            if self.decodes:
+                module.weight = self._parameter(self._decoded(weight).to(self.device))
+                return
+            module.weight = nn.Parameter(self._as_stored(tensor), requires_grad=False)
+            module.scale = self._as_stored(scale)
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
@@ -119,7 +126,7 @@ class _Filler:
 
     def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
         experts = range(module.n)
-        if parts["w1"][0][1] is not None:
+        if parts["w1"][0][1] is not None and not self.decodes:
             module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
             module.quantize_input = self.official
             return
@@ -128,9 +135,9 @@ class _Filler:
         w2 = torch.empty(module.w2.shape, dtype=self.dtype, device=self.device)
         inter = w13.shape[1] // 2
         for e in experts:
-            w13[e, :inter] = self.files.tensor(parts["w1"][e][0])
-            w13[e, inter:] = self.files.tensor(parts["w3"][e][0])
-            w2[e] = self.files.tensor(parts["w2"][e][0])
+            w13[e, :inter] = self._decoded(parts["w1"][e])
+            w13[e, inter:] = self._decoded(parts["w3"][e])
+            w2[e] = self._decoded(parts["w2"][e])
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
 
     def _set_frequencies(self) -> None:
@@ -148,6 +155,12 @@ class _Filler:
         tensor, scale = weight
         assert scale is not None
         return self._as_stored(tensor), self._as_stored(scale)
+
+    def _decoded(self, weight: Weight) -> Tensor:
+        """The weight in host memory, decoded to the model's dtype if it is packed."""
+        tensor, scale = weight
+        stored = self.files.tensor(tensor)
+        return stored if scale is None else dense_weight(stored, self.files.tensor(scale), self.dtype)
 
     def _as_stored(self, stored: Stored) -> Tensor:
         return self.files.tensor(stored).to(self.device)

@@ -22,6 +22,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for the user's errors, 1 for ours, 130 for Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # An installed torch_npu would be imported by torch itself, and fail without CANN, whatever the device asked for.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     named = next((word for word in argv if word in COMMANDS), None)
     parser = _parser(named)
     try:

@@ -44,6 +44,7 @@ class Engine:
         max_num_seqs: int = MAX_NUM_SEQS,
         cache_tokens: int = CACHE_TOKENS,
         chunk: int = PREFILL_CHUNK,
+        graphs: bool = False,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("cache_tokens", cache_tokens), ("chunk", chunk)):
             if value < 1:
@@ -51,7 +52,7 @@ class Engine:
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config
-        self.runner = Runner(model, blocks, max_num_seqs)
+        self.runner = Runner(model, blocks, max_num_seqs, graphs)
         self.scheduler = Scheduler(blocks, max_num_seqs, chunk)
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)

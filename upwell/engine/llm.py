@@ -39,7 +39,8 @@ class LLM:
     """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
 
     dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
-    Up to `max_num_seqs` sequences run at once and share a cache of `cache_tokens` tokens.
+    Up to `max_num_seqs` sequences run at once and share a cache of `cache_tokens` tokens. `graphs`: decode steps are
+    captured as device graphs and replayed (npu, cuda).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LLM:
         numerics: Numerics = "exact",
         max_num_seqs: int = MAX_NUM_SEQS,
         cache_tokens: int = CACHE_TOKENS,
+        graphs: bool = False,
     ) -> None:
         from upwell.checkpoint import load_model
 
@@ -58,7 +60,7 @@ class LLM:
         if path is None and dtype is None:
             dtype = torch.float32  # small enough, and what the CPU kernels compute in
         model = load_model(where, dtype=dtype, device=on, numerics=numerics)
-        self._start(model, Tokenizer.from_directory(where), max_num_seqs, cache_tokens)
+        self._start(model, Tokenizer.from_directory(where), max_num_seqs, cache_tokens, graphs)
 
     @classmethod
     def from_model(
@@ -67,15 +69,18 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         max_num_seqs: int = MAX_NUM_SEQS,
         cache_tokens: int = CACHE_TOKENS,
+        graphs: bool = False,
     ) -> LLM:
         """An LLM over a model that is in memory already."""
         llm = cls.__new__(cls)
-        llm._start(model, tokenizer, max_num_seqs, cache_tokens)
+        llm._start(model, tokenizer, max_num_seqs, cache_tokens, graphs)
         return llm
 
-    def _start(self, model: Transformer, tokenizer: Tokenizer | None, max_num_seqs: int, cache_tokens: int) -> None:
+    def _start(
+        self, model: Transformer, tokenizer: Tokenizer | None, max_num_seqs: int, cache_tokens: int, graphs: bool
+    ) -> None:
         self.model = model.eval()
-        self.engine = Engine(model, tokenizer, max_num_seqs, cache_tokens)
+        self.engine = Engine(model, tokenizer, max_num_seqs, cache_tokens, graphs=graphs)
 
     @property
     def tokenizer(self) -> Tokenizer:

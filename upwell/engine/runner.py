@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upwell.engine.graphs import DecodeGraphs
 from upwell.engine.sequence import Sequence
 from upwell.model import KVCache, Step, Transformer
 
 
 class Runner:
-    """Owns model and cache. Each call extends the cache by the tokens it is given."""
+    """Owns model and cache. Each call extends the cache by the tokens it is given. `graphs`: decode by graphs."""
 
-    def __init__(self, model: Transformer, blocks: int, slots: int) -> None:
+    def __init__(self, model: Transformer, blocks: int, slots: int, graphs: bool = False) -> None:
         self.model = model
         self.cache = KVCache(model.config, blocks, slots, model.dtype, model.device)
+        self.graphs = DecodeGraphs(model, self.cache) if graphs else None
 
     @torch.inference_mode()
     def run(self, batch: list[tuple[Sequence, int]]) -> Tensor:
@@ -26,6 +28,8 @@ class Runner:
         step = Step(
             [s.slot for s, _ in batch], [s.computed for s, _ in batch], lengths, [s.table for s, _ in batch], device
         )
+        if self.graphs is not None and step.is_decode:
+            return self.model.logits(self.graphs.streams([row[0] for row in rows], step))
         streams = self.model.streams(torch.tensor(rows, device=device), self.cache, step)
         if longest > 1:
             last = torch.tensor([b * longest + n - 1 for b, n in enumerate(lengths)], device=device)

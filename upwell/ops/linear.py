@@ -8,6 +8,7 @@ from torch import Tensor
 
 from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8
+from upwell.ops import npu
 
 FP8 = torch.float8_e4m3fn
 PACKED_FP4 = torch.uint8
@@ -16,9 +17,12 @@ PACKED_FP4 = torch.uint8
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., in] @ weight^T -> [..., out] in x's dtype.
 
-    weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; or FP4 packed two a byte,
-    uint8 [out, in/2], with scale [out, in/32]. Scales are UE8M0 bytes.
+    weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; FP4 packed two a byte,
+    uint8 [out, in/2], with scale [out, in/32], both scales UE8M0 bytes; or INT8 [out, in] with scale FP32 [out].
     """
+    if weight.dtype == torch.int8:
+        assert scale is not None
+        return int8_linear(x, weight, scale)
     return F.linear(x, dense_weight(weight, scale, x.dtype))
 
 
@@ -30,4 +34,20 @@ def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
     if weight.dtype == PACKED_FP4:
         assert scale is not None
         return dequantize_fp4(weight, scale, dtype)
+    if weight.dtype == torch.int8:
+        assert scale is not None
+        return (weight.float() * scale.unsqueeze(-1)).to(dtype)
     return weight.to(dtype)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """W8A8: x [..., in] rounded to INT8 by its own scale a token (amax / 127), weight INT8 [out, in], scale FP32 [out].
+
+    The integers' product is taken in FP32, which holds it to one part in 2^24; then both scales.
+    """
+    if (kernels := npu.fused(x)) is not None and (out := kernels.quantized_linear(x, weight, scale)) is not None:
+        return out
+    wide = x.float()
+    per_token = wide.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    product = F.linear(torch.round(wide / per_token), weight.float())
+    return (product * per_token * scale).to(x.dtype)

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upwell.ops import gradients, moe_autograd
+from upwell.ops import gradients, moe_autograd, npu
 from upwell.ops.linear import linear
 from upwell.ops.topk import stable_topk
+
+_FEW_TOKENS = 64  # a decode step's
+_PAIR_BYTES = 256 << 20  # bound on the weights that gathered_experts copies at once
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,7 +50,13 @@ def grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2
     """
     if gradients.recording(x, w13):
         return moe_autograd.grouped_experts(x, experts, weights, w13, w2, limit)
+    if (kernels := npu.fused(x)) is not None:
+        out = kernels.grouped_experts(x, experts, weights, w13, w2, limit)
+        if out is not None:
+            return out
     tokens, k = experts.shape
+    if x.device.type != "cpu" and tokens <= _FEW_TOKENS:
+        return gathered_experts(x, experts, weights, w13, w2, limit)
     order = experts.flatten().argsort(stable=True)
     counts = torch.bincount(experts.flatten(), minlength=w13.shape[0]).tolist()
     rows = x[order // k]
@@ -60,3 +69,20 @@ def grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
+
+
+def gathered_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+    """grouped_experts for few tokens: each (token, expert) pair reads its expert's weights, so no shape depends on the
+    routing and the host learns nothing of it, which a captured decode step needs."""
+    tokens, k = experts.shape
+    rows = x.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, -1)
+    row_weights = weights.reshape(tokens * k, 1, 1)
+    pairs = max(1, _PAIR_BYTES // ((w13[0].numel() + w2[0].numel()) * w13.element_size()))
+    outs = []
+    for picks, part, part_weights in zip(
+        experts.flatten().split(pairs), rows.split(pairs), row_weights.split(pairs), strict=True
+    ):
+        gate, up = torch.bmm(part, w13[picks].transpose(1, 2)).chunk(2, dim=-1)
+        hidden = (swiglu(gate.float(), up.float(), limit) * part_weights).to(x.dtype)
+        outs.append(torch.bmm(hidden, w2[picks].transpose(1, 2)))
+    return torch.cat(outs).view(tokens, k, -1).float().sum(1).to(x.dtype)
