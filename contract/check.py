@@ -52,7 +52,7 @@ def trace(target: Chip) -> set[str]:
     with FakeTensorMode(), torch.no_grad(), OperatorRecord() as record:
         device = torch.device("npu:0")
         with device:
-            model = Transformer(CONFIG).to(torch.bfloat16).eval()
+            model = as_loaded(Transformer(CONFIG).eval())
         cache = KVCache(CONFIG, 4, 2, torch.bfloat16, device)
         streams = model.streams(ids(2, 130), cache, Step([0, 1], [0, 0], [130, 90], [[0, 1], [2]], device))
         expect(model.logits(streams), (260, 300), torch.float32)
@@ -74,6 +74,15 @@ def trace(target: Chip) -> set[str]:
     failures = [finding for finding in audit(record.used, target) if finding.fails]
     assert not failures, failures
     return {name.split("::")[1].split(".")[0] for name, _ in record.used if name.startswith("npu::")}
+
+
+def as_loaded(model: Transformer) -> Transformer:
+    """The dtypes that loading gives: BF16 weights; norms, mHC, sinks and position biases FP32."""
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.dim() > 1 and leaf not in ("fn", "ape"):
+                module._parameters[leaf] = torch.nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
+    return model
 
 
 def ids(*shape: int) -> torch.Tensor:

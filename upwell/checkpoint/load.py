@@ -85,7 +85,7 @@ class _Filler:
     def __init__(self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
         self.model, self.plan, self.device = model, plan, device
         self.official = model.numerics == "official"
-        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8
+        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not INT8
         self.files = MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
@@ -108,11 +108,12 @@ class _Filler:
             assert isinstance(module, Linear)
             # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
             module.quantize_input = self.official and not path.endswith("wo_a")
-            if self.decodes:
+            if self.decodes and scale.dtype != "F32":
                 module.weight = self._parameter(self._decoded(weight).to(self.device))
                 return
-            module.weight = nn.Parameter(self._as_stored(tensor), requires_grad=False)
-            module.scale = self._as_stored(scale)
+            stored, module.scale = self._packed(weight)
+            module.weight = nn.Parameter(stored, requires_grad=False)
+            module.quantize_input &= scale.dtype != "F32"  # INT8 weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
@@ -126,9 +127,10 @@ class _Filler:
 
     def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
         experts = range(module.n)
-        if parts["w1"][0][1] is not None and not self.decodes:
+        scale = parts["w1"][0][1]
+        if scale is not None and (scale.dtype == "F32" or not self.decodes):
             module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
-            module.quantize_input = self.official
+            module.quantize_input = self.official and scale.dtype != "F32"
             return
         # Dense experts are stacked: one product per expert over a contiguous stack, and trainable.
         w13 = torch.empty(module.w13.shape, dtype=self.dtype, device=self.device)
@@ -154,7 +156,10 @@ class _Filler:
     def _packed(self, weight: Weight) -> tuple[Tensor, Tensor]:
         tensor, scale = weight
         assert scale is not None
-        return self._as_stored(tensor), self._as_stored(scale)
+        stored = self.files.tensor(tensor)
+        if scale.dtype == "F32":
+            stored = stored.view(torch.int8)  # INT8 by rows; an FP4 weight's I8 holds two codes a byte
+        return stored.to(self.device), self._as_stored(scale)
 
     def _decoded(self, weight: Weight) -> Tensor:
         """The weight in host memory, decoded to the model's dtype if it is packed."""

@@ -16,6 +16,8 @@ COMMANDS = {
     "run": "continue a prompt",
     "chat": "talk to a model",
     "inspect": "show a model's layers, parameters, bytes and cache",
+    "convert": "convert a checkpoint: BF16 or W8A8 for Ascend A2 and A3, FP8 or FP4",
+    "verify": "compare a converted checkpoint with its checksums",
 }
 
 

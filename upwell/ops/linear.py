@@ -8,6 +8,7 @@ from torch import Tensor
 
 from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8
+from upwell.formats.int8 import dequantize_int8
 from upwell.ops import npu
 
 FP8 = torch.float8_e4m3fn
@@ -36,7 +37,7 @@ def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
         return dequantize_fp4(weight, scale, dtype)
     if weight.dtype == torch.int8:
         assert scale is not None
-        return (weight.float() * scale.unsqueeze(-1)).to(dtype)
+        return dequantize_int8(weight, scale, dtype)
     return weight.to(dtype)
 
 
