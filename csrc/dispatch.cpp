@@ -53,6 +53,18 @@ int upwell_set_isa(const char* name) {
   return -1;
 }
 
+// weight [rows, cols] as panels: out [ceil(rows / kPanel) * kPanel * cols].
+void upwell_pack(const float* weight, int64_t rows, int64_t cols, float* out) {
+  using upwell::kPanel;
+  constexpr int64_t kColumns = 64;
+  for (int64_t first = 0; first < rows; first += kPanel, out += kPanel * cols)
+    for (int64_t k0 = 0; k0 < cols; k0 += kColumns) {
+      const int64_t k1 = k0 + kColumns < cols ? k0 + kColumns : cols;
+      for (int64_t r = 0; r < kPanel; ++r)
+        for (int64_t k = k0; k < k1; ++k) out[k * kPanel + r] = first + r < rows ? weight[(first + r) * cols + k] : 0.0f;
+    }
+}
+
 int64_t upwell_workspace_bytes(const upwell::Call* call, int threads) {
   return upwell::current->kernels->workspace_bytes(*call->model, call->layers, call->layer_count, call->sequences,
                                                    call->sequence_count, call->tokens, threads);

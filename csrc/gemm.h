@@ -1,5 +1,6 @@
-// Products with a weight in any format. Few rows: each weight row is read once and dotted with every input row.
-// Many rows: 2 vectors of weight rows are packed column-major, then a register tile runs over the inputs.
+// Products with a weight in any format. FP32 weights come as panels, packed once when a model is loaded: 2 vectors of
+// weight rows by column, over which a register tile of input rows runs. Packed formats: for few input rows each weight
+// row is decoded once and dotted with every input row; for many, panels are made on the way.
 
 constexpr int kTile = 2 * kLanes;  // weight rows a packed tile holds
 constexpr int kFewRows = 8;
@@ -98,48 +99,75 @@ INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t
 template <int R>
 static void dot_rows(const float* const* w, const float* x, int64_t ldx, int64_t t, int64_t n, float* out,
                      int64_t ldo) {
+  constexpr int C = kLanes == 8 ? 2 : 4;  // AVX2 has half the registers
   int64_t c = 0;
-  for (; c + 4 <= t; c += 4) dot_tile<R, 4>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
-  if (c + 2 <= t) {
-    dot_tile<R, 2>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
-    c += 2;
-  }
+  for (; c + C <= t; c += C) dot_tile<R, C>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
+  for (; c + 2 <= t; c += 2) dot_tile<R, 2>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
   if (c < t) dot_tile<R, 1>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
 }
 
-// MR input rows times one packed tile b [n, kTile]: lanes along the weight rows.
-template <int MR>
-INLINE void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, float* out, int64_t ldo, int width) {
-  Vec acc0[MR] = {}, acc1[MR] = {};
+// MR input rows times kTile weight rows, b [n, LDB]: lanes along the weight rows. U steps at once where MR alone leaves
+// the multipliers waiting for their own results.
+template <int MR, int LDB, int U>
+INLINE void tile_steps(const float* x, int64_t ldx, const float* b, int64_t n, Vec (&out0)[MR], Vec (&out1)[MR]) {
+  Vec acc0[U][MR] = {}, acc1[U][MR] = {};
   const float *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
   const int64_t l1 = ldx, l2 = 2 * ldx, l3 = 3 * ldx;
-  for (int64_t k = 0; k < n; ++k, b += kTile, ++x0, ++x4, ++x8) {
-    const Vec b0 = load(b), b1 = load(b + kLanes);
-#define UPWELL_STEP(row, value)      \
-  if (MR > (row)) {                  \
-    const Vec v = splat(value);      \
-    acc0[(row) % MR] += v * b0;      \
-    acc1[(row) % MR] += v * b1;      \
+#define UPWELL_STEP(row, value)          \
+  if (MR > (row)) {                      \
+    const Vec v = splat(value);          \
+    acc0[u][(row) % MR] += v * b0;       \
+    acc1[u][(row) % MR] += v * b1;       \
   }
-    UPWELL_STEP(0, x0[0]) UPWELL_STEP(1, x0[l1]) UPWELL_STEP(2, x0[l2]) UPWELL_STEP(3, x0[l3])
-    UPWELL_STEP(4, x4[0]) UPWELL_STEP(5, x4[l1]) UPWELL_STEP(6, x4[l2]) UPWELL_STEP(7, x4[l3])
-    UPWELL_STEP(8, x8[0]) UPWELL_STEP(9, x8[l1]) UPWELL_STEP(10, x8[l2]) UPWELL_STEP(11, x8[l3])
+#define UPWELL_STEPS                                                                                              \
+  UPWELL_STEP(0, x0[u]) UPWELL_STEP(1, x0[l1 + u]) UPWELL_STEP(2, x0[l2 + u]) UPWELL_STEP(3, x0[l3 + u])          \
+  UPWELL_STEP(4, x4[u]) UPWELL_STEP(5, x4[l1 + u]) UPWELL_STEP(6, x4[l2 + u]) UPWELL_STEP(7, x4[l3 + u])          \
+  UPWELL_STEP(8, x8[u]) UPWELL_STEP(9, x8[l1 + u]) UPWELL_STEP(10, x8[l2 + u]) UPWELL_STEP(11, x8[l3 + u])
+  int64_t k = 0;
+  for (; k + U <= n; k += U, b += U * LDB, x0 += U, x4 += U, x8 += U)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      if (MR <= kFewRows) __builtin_prefetch(b + u * LDB + kAhead), __builtin_prefetch(b + u * LDB + kAhead + kLanes);
+      const Vec b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
+      UPWELL_STEPS
+    }
+  if (U > 1)
+    for (; k < n; ++k, b += LDB, ++x0, ++x4, ++x8) {
+      constexpr int u = 0;
+      const Vec b0 = load(b), b1 = load(b + kLanes);
+      UPWELL_STEPS
+    }
+#undef UPWELL_STEPS
 #undef UPWELL_STEP
+  for (int r = 0; r < MR; ++r) {
+    for (int u = 1; u < U; ++u) acc0[0][r] += acc0[u][r], acc1[0][r] += acc1[u][r];
+    out0[r] = acc0[0][r], out1[r] = acc1[0][r];
   }
+}
+
+template <int MR, int LDB>
+static void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, float* out, int64_t ldo, int width) {
+  Vec v0[MR], v1[MR];
+  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, v0, v1);
   for (int r = 0; r < MR; ++r) {
     float* o = out + r * ldo;
     if (width == kTile) {
-      store(o, acc0[r]);
-      store(o + kLanes, acc1[r]);
+      store(o, v0[r]);
+      store(o + kLanes, v1[r]);
     } else if (width >= kLanes) {
-      store(o, acc0[r]);
-      store_part(o + kLanes, acc1[r], width - kLanes);
+      store(o, v0[r]);
+      store_part(o + kLanes, v1[r], width - kLanes);
     } else {
-      store_part(o, acc0[r], width);
+      store_part(o, v0[r], width);
     }
   }
 }
-constexpr int kRowTile = kLanes == 16 ? 12 : 4;  // what the registers hold: 2 accumulators a row
+
+#if defined(__aarch64__)
+constexpr int kRowTile = 12;  // what the registers hold: 2 accumulators a row
+#else
+constexpr int kRowTile = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+#endif
 
 // Rows [first, first + width) of m, packed [cols, kTile] into `tile`; missing rows are zero.
 static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, float* buffer) {
@@ -164,13 +192,24 @@ static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, fl
   }
 }
 
+// t input rows times kTile weight rows, cut into row tiles of even heights.
+template <int LDB>
 static void times_tile(const float* x, int64_t ldx, int64_t t, const float* tile, int64_t n, float* out, int64_t ldo,
                        int width) {
-  int64_t i = 0;
-  for (; i + kRowTile <= t; i += kRowTile) tile_rows<kRowTile>(x + i * ldx, ldx, tile, n, out + i * ldo, ldo, width);
-  if (kRowTile > 4)
-    for (; i + 4 <= t; i += 4) tile_rows<4>(x + i * ldx, ldx, tile, n, out + i * ldo, ldo, width);
-  for (; i < t; ++i) tile_rows<1>(x + i * ldx, ldx, tile, n, out + i * ldo, ldo, width);
+  const int64_t tiles = (t + kRowTile - 1) / kRowTile;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t rows = t / tiles + (i < t % tiles);
+    switch (rows) {
+#define UPWELL_ROWS(r)                                                                             \
+  case r:                                                                                          \
+    if constexpr (r <= kRowTile) tile_rows<r, LDB>(x, ldx, tile, n, out, ldo, width);              \
+    break;
+      UPWELL_ROWS(1) UPWELL_ROWS(2) UPWELL_ROWS(3) UPWELL_ROWS(4) UPWELL_ROWS(5) UPWELL_ROWS(6)
+      UPWELL_ROWS(7) UPWELL_ROWS(8) UPWELL_ROWS(9) UPWELL_ROWS(10) UPWELL_ROWS(11) UPWELL_ROWS(12)
+#undef UPWELL_ROWS
+    }
+    x += rows * ldx, out += rows * ldo;
+  }
 }
 
 struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
@@ -186,9 +225,15 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
-  if (t > kFewRows) {
+  if (job.m.format == kPanels) {
+    const float* panel = static_cast<const float*>(job.m.data) + first / kPanel * kPanel * n + first % kPanel;
+    times_tile<kPanel>(x, job.ldx, t, panel, n, out, job.ldo, width);
+    return;
+  }
+  // Of a matrix of few rows the columns are many (mHC): there is nothing to gain from packing.
+  if (t > kFewRows && job.m.rows > kPanel) {
     pack_tile(job.m, first, width, tile, buffer);
-    times_tile(x, job.ldx, t, tile, n, out, job.ldo, width);
+    times_tile<kTile>(x, job.ldx, t, tile, n, out, job.ldo, width);
     return;
   }
   int r = 0;

@@ -1,5 +1,8 @@
 // The functions that every instruction set provides.
 #pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -4,9 +4,13 @@
 
 namespace upwell {
 
-enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3 };
+enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3, kPanels = 4 };
 
-struct Matrix {  // [rows, cols], row-major; FP8 and FP4 with UE8M0 scales as in upwell/formats
+constexpr int kPanel = 32;
+
+// [rows, cols], row-major; FP8 and FP4 with UE8M0 scales as in upwell/formats. kPanels: FP32, each kPanel rows
+// interleaved as [cols, kPanel], missing rows zero (upwell_pack).
+struct Matrix {
   const void* data;
   const uint8_t* scale;
   int64_t rows, cols, format;
@@ -41,6 +45,7 @@ struct Model {
   int64_t hidden, streams, heads, dim, rope, window, q_rank, o_rank, groups;
   int64_t index_heads, index_dim, index_topk, experts, experts_per_token, inter, shared_inter;
   int64_t sinkhorn_iters, vocab, csa_ratio;
+  int64_t by_tokens;  // 1: weights are panels, a layer's dense ones fit the CPU's cache (blocks.h)
   double hc_eps, norm_eps, swiglu_limit, routed_scaling;
   const float *freqs, *compress_freqs;
 };

@@ -101,6 +101,78 @@ INLINE Vec exp_vec(Vec x) {
 }
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_vec(-x)); }
 
+// exp of x <= 0 (or NaN): what a softmax needs, in fewer steps. Below -87 the result is about 1e-38, not 0.
+INLINE Vec exp_below(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  const Vec clamped = select(x < -87.0f, splat(-87.0f), x);
+  const Vec shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+  const Vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<Vec>((reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic) + 127) << 23);
+}
+
+// log(1 + e^x), by log1p(u) = 2 atanh(u / (2 + u)).
+INLINE Vec softplus(Vec x) {
+  const Vec u = exp_vec(select(x > 0.0f, -x, x)), w = u / (2.0f + u), w2 = w * w;
+  Vec p = splat(1.0f / 17);
+  for (int odd = 15; odd > 0; odd -= 2) p = p * w2 + 1.0f / float(odd);
+  return select(x > 0.0f, x, zero()) + 2.0f * w * p;
+}
+
+// a[i][j] -> a[j][i].
+INLINE void transpose(Vec (&a)[kLanes]) {
+#if VECTOR_BYTES == 64
+#define UPWELL_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPWELL_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VECTOR_BYTES == 32
+#define UPWELL_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define UPWELL_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define UPWELL_LOW 0, 4, 1, 5
+#define UPWELL_HIGH 2, 6, 3, 7
+#endif
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shufflevector(a[i], a[i + kLanes / 2], UPWELL_LOW);
+      next[2 * i + 1] = __builtin_shufflevector(a[i], a[i + kLanes / 2], UPWELL_HIGH);
+    }
+    for (int i = 0; i < kLanes; ++i) a[i] = next[i];
+  }
+#undef UPWELL_LOW
+#undef UPWELL_HIGH
+}
+
+// Neighbouring lanes change places.
+INLINE Vec swap_pairs(Vec v) {
+#if VECTOR_BYTES == 64
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif VECTOR_BYTES == 32
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
+}
+
+// One bit a lane: whether the mask is set there.
+INLINE unsigned lane_bits(VecI mask) {
+#if VECTOR_BYTES == 64
+  return unsigned(_mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)));
+#elif VECTOR_BYTES == 32
+  return unsigned(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= unsigned(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // ---- elementwise loops over n floats ----
 INLINE float dot(const float* a, const float* b, int64_t n) {
   Vec s0{}, s1{}, s2{}, s3{};

@@ -60,15 +60,6 @@ static void product(const float* a, int64_t a_row, int64_t a_step, const float* 
   }
 }
 
-INLINE Vec swap_pairs(Vec v) {
-#if VECTOR_BYTES == 64
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#elif VECTOR_BYTES == 32
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-#else
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
-#endif
-}
 // x [n], pairs as complex numbers, times the turn: c = (cos, cos) and s = (-sin, sin) of each pair, whole lines.
 INLINE void turn(float* x, const float* c, const float* s, int64_t n) {
   map(x, x, n, [&](Vec v, int64_t i) { return v * load(c + i) + swap_pairs(v) * load(s + i); });

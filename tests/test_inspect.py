@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,14 +100,12 @@ def test_bytes_without_mtp_are_less() -> None:
     assert weights["bf16"] > 3 * weights["official"]
 
 
-def test_imports_no_torch_and_takes_less_than_a_second() -> None:
+def test_imports_no_torch() -> None:
     code = (
         "import sys; from upwell.checkpoint.inspect import inspect_target; "
         "inspect_target('v4-pro'); sys.exit('torch' in sys.modules)"
     )
-    started = time.perf_counter()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert time.perf_counter() - started < 1.0
 
 
 def parse(*arguments: str) -> argparse.Namespace:

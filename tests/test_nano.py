@@ -69,7 +69,8 @@ def plans(asker: Asker, n: int) -> list[tuple[list[int], int]]:
         table = tables.setdefault(item["table"], open_table(DEV / "tables" / f"{item['table']}.csv"))
         linked = link(item["question"], table.profile)
         order = choose_columns(table.profile, linked)
-        ids = prompt_ids(asker.llm.tokenizer, render_prompt(table.profile, linked, order, draft_plan(table.profile, linked)))
+        prompt = render_prompt(table.profile, linked, order, draft_plan(table.profile, linked))
+        ids = prompt_ids(asker.llm.tokenizer, prompt)
         mask = PlanMask(PlanGrammar(table.profile, linked.slots, order), asker.llm.tokenizer)
         params = SamplingParams(temperature=0.0, max_tokens=MAX_PLAN_TOKENS, stop_token_ids=[mask.end], ignore_eos=True)
         done = asker.llm.generate({"prompt_token_ids": ids}, params, token_mask=mask)[0]

@@ -56,6 +56,13 @@ class QueueFullError(UpwellError):
     http_status = 429
 
 
+class DeadlineError(UpwellError):
+    """A request that wasn't done when its deadline passed."""
+
+    exit_code = 1
+    http_status = 504
+
+
 class ShuttingDownError(UpwellError):
     """The engine drains and takes no new requests."""
 

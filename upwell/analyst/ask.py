@@ -21,7 +21,7 @@ from upwell.analyst.plan import Plan, parse_plan
 from upwell.analyst.prompt import render_prompt
 from upwell.analyst.query import run_query
 from upwell.analyst.reading import describe
-from upwell.analyst.rules import choose_columns, draft_plan
+from upwell.analyst.rules import Draft, choose_columns, draft_plan
 from upwell.analyst.schema import TableProfile
 from upwell.analyst.slots import LinkedQuestion
 from upwell.analyst.sources import OpenTable, open_table
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Status = Literal["answer", "unsure", "refused"]
 
 SURE = 0.75  # confidence from which a reading counts as sure
+DRAFT = 0.4  # weight of the keyword rules' own reading beside the model's probabilities
 ORDERS = 4  # column orders a question is asked under
 DRAWS = 3  # further plans drawn in each order, as candidates
 MAX_PLAN_TOKENS = 64
@@ -113,22 +114,22 @@ class Asker:
                       reading.confidence, message)  # fmt: skip
 
     def read(self, profile: TableProfile, linked: LinkedQuestion) -> Reading:
-        """The best-supported plan: probability over column orders, weighed by how much of the question it uses."""
-        candidates = self.candidates(profile, linked)
-        weights = {plan: p * support(plan, linked) for plan, p in candidates.items()}
-        if not weights:
-            return Reading(Plan("noans", reason="missing"), 0.0)
+        """The best-supported plan: its probability over column orders, a share for the draft, weighed by how much of
+        the question it uses."""
+        draft = draft_plan(profile, linked)
+        candidates = self.candidates(profile, linked, draft)
+        candidates[draft.plan] = candidates.get(draft.plan, 0.0) + DRAFT
+        weights = {plan: p * support(plan, linked) / (1 + DRAFT) for plan, p in candidates.items()}
         best = max(weights, key=lambda plan: weights[plan])
         return Reading(best, weights[best])
 
-    def candidates(self, profile: TableProfile, linked: LinkedQuestion) -> dict[Plan, float]:
+    def candidates(self, profile: TableProfile, linked: LinkedQuestion, draft: Draft) -> dict[Plan, float]:
         """Plans and their probability, averaged over ORDERS column orders: each order's greedy one and DRAWS draws."""
         from upwell.engine import SamplingParams
 
         orders = column_orders(profile, linked, ORDERS)
         tokenizer = self.llm.tokenizer
         masks = [PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer) for order in orders]
-        draft = draft_plan(profile, linked)
         prompts = [
             {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order, draft))}
             for order in orders

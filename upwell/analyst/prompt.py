@@ -13,6 +13,7 @@ from upwell.analyst.plan import PLAN_TOKENS, plan_tokens
 from upwell.analyst.rules import Draft
 from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.slots import LinkedQuestion, Mark
+from upwell.analyst.words import COMMON, split_name, stem
 
 _KINDS = tuple(f"<{kind.value}>" for kind in ColumnKind)
 # `<year>` is both a column's kind and a plan's word: one token.
@@ -33,8 +34,9 @@ def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence
         if samples:
             parts.append(": " + " | ".join(plain(sample) for sample in samples))
     parts.append("<ask>")
+    rows = _row_stems(profile.name)
     for text, marks in linked.segments:
-        parts.append(plain(text))
+        parts.append(_with_rows_marked(plain(text), rows))
         for mark in marks:
             parts += _render_mark(mark, place)
             if mark.kind == "N" and linked.slots.numbers[mark.index].year:
@@ -43,6 +45,18 @@ def render_prompt(profile: TableProfile, linked: LinkedQuestion, order: Sequence
     parts += [*([] if draft.sure else ["<~>"]), *plan_tokens(draft.plan, order)[:-1]]
     parts.append("<plan>")
     return " ".join(part for part in parts if part)
+
+
+def _row_stems(name: str) -> frozenset[str]:
+    """Stems of the words by which a question can mean the table's rows: the words of its name, and "rows" itself."""
+    named = {stem(word) for word in split_name(name) if word not in COMMON and len(word) > 2}
+    return frozenset(named | {"row", "record", "entry"})
+
+
+def _with_rows_marked(text: str, rows: frozenset[str]) -> str:
+    """`<schema>` behind each word that means the rows: with such a noun a question is hardly about something else."""
+    words = [f"{word} <schema>" if stem(word.strip("?.,!'")) in rows else word for word in text.split()]
+    return " ".join(words)
 
 
 def _roles(profile: TableProfile, order: Sequence[int]) -> list[str]:

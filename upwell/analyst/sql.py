@@ -79,7 +79,7 @@ class _Compiler:
             names = [self.name(c) for c in plan.columns]
             where += [f"{name} IS NOT NULL" for name in names]
             return _clauses(f"SELECT DISTINCT {', '.join(names)}", where, order=names)
-        columns = list(plan.columns)
+        columns = self.named(plan.columns)
         order = []
         if plan.sort_column is not None:
             if plan.sort_column not in columns:
@@ -124,6 +124,12 @@ class _Compiler:
             order=order + dim_order,
             limit=self.limit(plan),
         )
+
+    def named(self, columns: tuple[int, ...]) -> list[int]:
+        """Rows shown by one of their two names (a code, a title) are shown with the other as well."""
+        keys = [i for i, column in enumerate(self.columns) if column.kind is ColumnKind.KEY][:2]
+        shown = [c for c in columns if c in keys]
+        return [*columns, *(k for k in keys if shown and k not in shown)]
 
     def limit(self, plan: Plan) -> int | None:
         if plan.top is None:

@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from upwell.engine import LLM, SamplingParams
+    from upwell.engine import LLM, EngineOptions, SamplingParams
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="V4 checkpoint directory (default: upwell-nano)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+
+
+def add_prefix_cache_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prefix cache: prompts that begin alike are computed once")
+    group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--prefix-cache-bytes", type=int, metavar="N", help="most it takes in memory (default: 1 GiB)")
+    group.add_argument("--prefix-cache-dir", type=Path, metavar="PATH", help="keep it here too, over restarts")
+    group.add_argument("--prefix-cache-disk-bytes", type=int, metavar="N", help="most it takes there (default: 16 GiB)")
+
+
+def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    """The engine's settings that were given."""
+    from upwell.engine import EngineOptions
+
+    given = {name: getattr(arguments, name, None) for name in EngineOptions.__annotations__}
+    return EngineOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -36,7 +52,8 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
     from upwell.devices import resolve_dtype
     from upwell.engine import LLM
 
-    return LLM(arguments.model, device=arguments.device, dtype=resolve_dtype(arguments.dtype))
+    dtype = resolve_dtype(arguments.dtype)
+    return LLM(arguments.model, device=arguments.device, dtype=dtype, **engine_options(arguments))
 
 
 def sampling_params(arguments: argparse.Namespace, skip_special_tokens: bool = True) -> SamplingParams:

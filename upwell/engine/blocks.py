@@ -1,4 +1,4 @@
-"""Which cache blocks (and slots) are free. Every id is either free or held once; anything else is a bug and raises."""
+"""Which cache blocks (and slots) are free, and how many sequences hold each of the others. A miscount raises."""
 
 from __future__ import annotations
 
@@ -13,27 +13,35 @@ def blocks_for(tokens: int) -> int:
 
 
 class Pool:
-    """Ids 0..total-1, handed out and taken back."""
+    """Ids 0..total-1, handed out, shared and taken back. `holders[i]` sequences hold id i; at 0 it is free."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self._free = list(range(total - 1, -1, -1))
-        self._is_free = [True] * total
+        self.holders = [0] * total
 
     @property
     def free(self) -> int:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """`count` ids, lowest of the recently freed first. The caller has checked `free`."""
+        """`count` free ids, the last freed first. The caller has checked `free`."""
         assert count <= len(self._free), f"{count} wanted, {len(self._free)} free"
         taken = [self._free.pop() for _ in range(count)]
         for i in taken:
-            self._is_free[i] = False
+            self.holders[i] = 1
         return taken
+
+    def share(self, ids: Sequence[int]) -> list[int]:
+        """The same ids for one more holder."""
+        for i in ids:
+            assert self.holders[i], f"{i} is free and can't be shared"
+            self.holders[i] += 1
+        return list(ids)
 
     def give_back(self, ids: Sequence[int]) -> None:
         for i in ids:
-            assert not self._is_free[i], f"{i} given back twice"
-            self._is_free[i] = True
-            self._free.append(i)
+            assert self.holders[i], f"{i} given back too often"
+            self.holders[i] -= 1
+            if not self.holders[i]:
+                self._free.append(i)

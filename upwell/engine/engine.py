@@ -7,25 +7,34 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
+import time
 from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS
 from upwell.engine.blocks import blocks_for
+from upwell.engine.budget import ChunkBudget
 from upwell.engine.detokenizer import Detokenizer
-from upwell.engine.outputs import Delta
+from upwell.engine.fingerprint import fingerprint
+from upwell.engine.outputs import Delta, FinishReason
 from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.prefix import PREFIX_CACHE_BYTES, PrefixCache, next_cut
+from upwell.engine.prefix_disk import PREFIX_CACHE_DISK_BYTES, PrefixDisk
 from upwell.engine.runner import Runner
 from upwell.engine.sampler import sample
 from upwell.engine.scheduler import Scheduler
 from upwell.engine.sequence import Request, Sequence, Sink, Status
+from upwell.engine.stats import EngineStats
 from upwell.engine.tokenizer import Tokenizer
-from upwell.errors import EngineError, InputError, UpwellError
+from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, UpwellError
 from upwell.model import Transformer
 
-PREFILL_CHUNK = 512  # prompt tokens a step: long enough to be efficient, short enough not to stall decoding
+PREFILL_CHUNK = 512  # prompt tokens a step while nothing decodes: as many as the kernels take at once
 MAX_NUM_SEQS = 32
 CACHE_TOKENS = 65536
 
@@ -34,8 +43,27 @@ Ids = Items[int] | None
 logger = logging.getLogger(__name__)
 
 
+class EngineOptions(TypedDict, total=False):
+    """What Engine takes beside a model, for those who pass it on."""
+
+    max_num_seqs: int
+    cache_tokens: int
+    chunk: int
+    max_queue: int | None
+    enable_prefix_caching: bool
+    prefix_cache_bytes: int
+    prefix_cache_dir: str | Path | None
+    prefix_cache_disk_bytes: int
+    graphs: bool
+
+
 class Engine:
-    """Continuous batching over one model. `cache_tokens` (rounded up to blocks of 256) are shared by all sequences."""
+    """Continuous batching over one model. `cache_tokens` (rounded up to blocks of 256) are shared by all sequences.
+
+    `max_num_seqs` sequences run at once; with `max_queue`, a request is refused while as many more wait. The prefix
+    cache keeps up to `prefix_cache_bytes` in memory and, given a directory, `prefix_cache_disk_bytes` there. `graphs`:
+    decode steps are captured as device graphs and replayed (npu, cuda).
+    """
 
     def __init__(
         self,
@@ -44,24 +72,58 @@ class Engine:
         max_num_seqs: int = MAX_NUM_SEQS,
         cache_tokens: int = CACHE_TOKENS,
         chunk: int = PREFILL_CHUNK,
+        max_queue: int | None = None,
+        enable_prefix_caching: bool = True,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        prefix_cache_dir: str | Path | None = None,
+        prefix_cache_disk_bytes: int = PREFIX_CACHE_DISK_BYTES,
         graphs: bool = False,
     ) -> None:
-        for name, value in (("max_num_seqs", max_num_seqs), ("cache_tokens", cache_tokens), ("chunk", chunk)):
+        sizes = {
+            "max_num_seqs": max_num_seqs, "cache_tokens": cache_tokens, "chunk": chunk,
+            "prefix_cache_bytes": prefix_cache_bytes, "prefix_cache_disk_bytes": prefix_cache_disk_bytes,
+        }  # fmt: skip
+        for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{name} is {value}, must be at least 1")
+        if max_queue is not None and max_queue < 0:
+            raise InputError(f"max_queue is {max_queue}, must be at least 0")
+        if prefix_cache_dir is not None and not enable_prefix_caching:
+            raise InputError("prefix_cache_dir is given, but prefix caching is off", "turn it on or leave this out")
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config
         self.runner = Runner(model, blocks, max_num_seqs, graphs)
-        self.scheduler = Scheduler(blocks, max_num_seqs, chunk)
+        self.prefix: PrefixCache | None = None
+        if enable_prefix_caching:
+            disk = None
+            if prefix_cache_dir is not None:
+                disk = PrefixDisk(Path(prefix_cache_dir), fingerprint(model), prefix_cache_disk_bytes)
+            self.prefix = PrefixCache(self.runner.cache, prefix_cache_bytes, disk)
+        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix)
+        self.budget = ChunkBudget(chunk)
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)
+        self.max_queue = max_queue
         self._requests: dict[Request, list[Sequence]] = {}
         self._arrivals = itertools.count()
+        self._open = 0  # sequences taken and not ended
+        self._taking = threading.Lock()  # over _open
+        self._generated = self._prompted = 0  # tokens
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """Counts of this moment. Any thread may ask."""
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running), waiting=max(0, self._open - len(scheduler.running)),
+            blocks_total=scheduler.blocks.total, blocks_free=scheduler.blocks.free,
+            prefix_queried_tokens=scheduler.prefix_queried, prefix_hit_tokens=scheduler.prefix_hits,
+            generated_tokens=self._generated, prompt_tokens=self._prompted, preemptions=scheduler.preemptions,
+        )  # fmt: skip
 
     def request(
         self,
@@ -70,8 +132,18 @@ class Engine:
         sink: Sink,
         prompt: str | None = None,
         token_mask: TokenMask | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Request:
-        """Check a request against this model. Raises InputError; touches no state, so any thread may call it."""
+        """Check a request against this model. Raises InputError; touches no state, so any thread may call it.
+
+        The lowest `priority` goes first. `timeout` seconds after the engine took it, what isn't done ends with
+        finish reason "timeout" and a DeadlineError.
+        """
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InputError(f"priority is {priority!r}, must be an integer (lower goes first)")
+        if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < threading.TIMEOUT_MAX):
+            raise InputError(f"timeout is {timeout!r}, must be a number of seconds above 0")
         length, vocab = len(prompt_token_ids), self.config.vocab_size
         if not length:
             raise InputError("the prompt has no tokens")
@@ -90,9 +162,29 @@ class Engine:
         limit = room if params.max_tokens is None else params.max_tokens
         if params.min_tokens > limit:
             raise InputError(f"min_tokens is {params.min_tokens}, but the context has room for {limit}")
-        return Request(prompt, list(prompt_token_ids), params, limit, self.config.eos_token_id, sink, token_mask)
+        return Request(
+            prompt, list(prompt_token_ids), params, limit, self.config.eos_token_id, sink, token_mask, priority, timeout
+        )
+
+    def admit(self, request: Request) -> None:
+        """Take a request; `start` or `withdraw` must follow. Raises QueueFullError. Any thread may call it."""
+        slots = self.scheduler.slots.total
+        with self._taking:
+            if self.max_queue is not None and self._open >= slots + self.max_queue:
+                raise QueueFullError(
+                    f"{slots} requests run and {self._open - slots} wait, the most this engine takes", "try again later"
+                )
+            self._open += request.params.n
+        request.deadline = None if request.timeout is None else time.monotonic() + request.timeout
 
     def add(self, request: Request) -> None:
+        """Take a request and put it in the queue. Raises QueueFullError."""
+        self.admit(request)
+        self.start(request)
+
+    def start(self, request: Request) -> None:
+        """Put a request that was admitted in the queue."""
+        self._prompted += len(request.prompt_token_ids)
         sequences = [
             Sequence(request, index, next(self._arrivals), self._detokenizer(request.params))
             for index in range(request.params.n)
@@ -104,48 +196,97 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End what still runs of a request, with finish reason 'abort'. A finished one is left alone."""
         for sequence in self._requests.get(request, ()):
-            if sequence.status is not Status.FINISHED:
-                self.scheduler.finish(sequence, "abort")
-                request.sink(Delta(sequence.index, finish_reason="abort"))
-        self._requests.pop(request, None)
+            self._end(sequence, "abort")
 
     def step(self) -> None:
-        """Decode one token of every running sequence and compute one chunk of prompts."""
-        batch = self.scheduler.schedule()
+        """Decode one token of every running sequence and compute some prompt tokens beside it."""
+        self._expire()
+        batch = self.scheduler.schedule(self.budget.tokens)
+        began = time.perf_counter()
         if batch.decode:
             self._run([(sequence, 1) for sequence in batch.decode])
+        decoded = time.perf_counter()
         if batch.prefill:
             self._run(batch.prefill)
+            if batch.decode:
+                tokens = sum(n for _, n in batch.prefill)
+                self.budget.measured(decoded - began, time.perf_counter() - decoded, tokens)
+        for sequence in batch.restored:
+            self._run([(sequence, 0)])
 
     def fail_all(self, error: Exception) -> None:
         """End every request with an error: the engine can't go on."""
         for sequence in [s for sequences in self._requests.values() for s in sequences]:
             self._fail(sequence, error)
 
+    def close(self) -> None:
+        """Finish writing the prefix cache to disk. The engine isn't used after it."""
+        if self.prefix is not None:
+            self.prefix.close()
+
+    def _expire(self) -> None:
+        late = [r for r in self._requests if r.deadline is not None and r.deadline <= time.monotonic()]
+        for request in late:
+            for sequence in self._requests.get(request, ()):
+                done = f"{len(sequence.output)} tokens" if sequence.output else "its first token"
+                what = f"the deadline of {request.timeout:g} s passed {'after' if sequence.output else 'before'} {done}"
+                self._end(sequence, "timeout", DeadlineError(what))
+
     def _run(self, batch: list[tuple[Sequence, int]]) -> None:
-        # A sink may have cancelled a sequence of this batch while the other half of the step ran.
+        """Compute the next n tokens of each (sequence, n), and the first or next token of those that are through."""
+        # A sink may have cancelled a sequence of this batch while another part of the step ran.
         batch = [(s, n) for s, n in batch if s.status is not Status.FINISHED]
         if not batch:
             return
+        ready: list[tuple[int, Sequence]] = []  # row of streams, and whose next token it gives
         try:
-            logits = self.runner.run(batch)
-            for sequence, tokens in batch:
+            streams = self.runner.streams(batch) if batch[0][1] else batch[0][0].restored
+            assert streams is not None
+            for row, (sequence, tokens) in enumerate(batch):
+                is_prompt = sequence.status is Status.PREFILL
                 self.scheduler.computed(sequence, tokens)
-            masks = {b: self._mask(s) for b, (s, _) in enumerate(batch) if s.status is Status.DECODE}
-            ready = [b for b in masks if batch[b][0].status is Status.DECODE]  # a mask may have failed
-            if ready:
-                self._sample(logits[ready], [batch[b][0] for b in ready], [masks[b] for b in ready])
+                if is_prompt:
+                    self._save(sequence, streams[row])
+                if sequence.status is Status.DECODE:
+                    forks = self.scheduler.fork(sequence) if is_prompt else []
+                    ready += [(row, s) for s in (sequence, *forks)]
+                    for fork in forks:
+                        self.runner.fork(sequence, fork)
+            masks = [self._mask(s) for _, s in ready]
+            kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
+            if kept:
+                rows = sorted({ready[i][0] for i in kept})
+                logits = self.runner.logits(streams[rows])[[rows.index(ready[i][0]) for i in kept]]
+                self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(batch))
-            for sequence, _ in batch:
+            for sequence in (*(s for s, _ in batch), *(s for _, s in ready)):
                 self._fail(sequence, error)
+
+    @torch.inference_mode()
+    def _save(self, sequence: Sequence, streams: Tensor) -> None:
+        """Keep in the prefix cache what the sequence's prompt came to."""
+        if self.prefix is None or sequence.restored is not None:
+            return
+        keys, at = sequence.keys, sequence.computed
+        if next_cut(at - 1) == at:
+            self.prefix.save_cut(keys, at, sequence.slot, sequence.table)
+        if at == len(sequence) and not sequence.output:
+            self.prefix.save_whole(keys, sequence.slot, sequence.table, streams)
 
     @torch.inference_mode()
     def _sample(self, logits: Tensor, sequences: list[Sequence], allowed: list[Ids]) -> None:
         for sequence, draw in zip(sequences, sample(logits, sequences, allowed), strict=True):
-            sequence.append(draw.token, draw.logprob)
+            if sequence.status is Status.FINISHED:
+                continue  # another's sink has just cancelled it
+            self._generated += 1
+            try:
+                sequence.append(draw.token, draw.logprob)
+            except Exception as error:  # of its sink or detokenizer
+                self._fail(sequence, error)
+                continue
             if sequence.finish_reason is not None:
-                self._finish(sequence)
+                self._finish(sequence, sequence.finish_reason)
 
     def _mask(self, sequence: Sequence) -> Ids:
         """The ids allowed next, None for all. A mask that fails or allows nothing ends this sequence alone."""
@@ -161,20 +302,26 @@ class Engine:
             self._fail(sequence, error)
             return None
 
-    def _finish(self, sequence: Sequence) -> None:
-        assert sequence.finish_reason is not None
-        self.scheduler.finish(sequence, sequence.finish_reason)
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence, reason)
+        with self._taking:
+            self._open -= 1
         if all(s.status is Status.FINISHED for s in self._requests.get(sequence.request, ())):
             self._requests.pop(sequence.request, None)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason, error: UpwellError | None = None) -> None:
+        """End a sequence from outside and tell its sink, unless it has ended already."""
         if sequence.status is Status.FINISHED:
             return
-        sequence.finish_reason = "error"
-        self._finish(sequence)
+        self._finish(sequence, reason)
+        try:
+            sequence.request.sink(Delta(sequence.index, finish_reason=reason, error=error))
+        except Exception:
+            logger.exception("a request's sink failed at its end")
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
         wrapped = EngineError(f"the engine failed: {type(error).__name__}: {error}")
-        told = error if isinstance(error, UpwellError) else wrapped
-        sequence.request.sink(Delta(sequence.index, finish_reason="error", error=told))
+        self._end(sequence, "error", error if isinstance(error, UpwellError) else wrapped)
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None:

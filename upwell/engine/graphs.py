@@ -55,7 +55,7 @@ class DecodeGraphs:
         captured.inputs.positions.copy_(positions, non_blocking=True)
         captured.inputs.tables.copy_(new_tables, non_blocking=True)
         captured.graph.replay()
-        return captured.streams[: len(ids)]
+        return captured.streams[: len(ids)].clone()  # the next replay writes over them
 
     def _capture(self, ids: Tensor, numbers: DecodeInputs) -> _Captured:
         device = self.model.device

@@ -6,15 +6,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from upwell.chat.encoding import Thinking, encode_messages
 from upwell.config import Numerics
 from upwell.devices import resolve_device
-from upwell.engine.engine import CACHE_TOKENS, MAX_NUM_SEQS, Engine
-from upwell.engine.outputs import CompletionOutput, Delta, RequestOutput
+from upwell.engine.engine import Engine, EngineOptions
+from upwell.engine.outputs import Delta, RequestOutput
 from upwell.engine.params import SamplingParams, TokenMask
 from upwell.engine.sequence import Request
 from upwell.engine.tokenizer import Tokenizer
@@ -39,8 +39,7 @@ class LLM:
     """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
 
     dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
-    Up to `max_num_seqs` sequences run at once and share a cache of `cache_tokens` tokens. `graphs`: decode steps are
-    captured as device graphs and replayed (npu, cuda).
+    `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
     """
 
     def __init__(
@@ -49,9 +48,7 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         numerics: Numerics = "exact",
-        max_num_seqs: int = MAX_NUM_SEQS,
-        cache_tokens: int = CACHE_TOKENS,
-        graphs: bool = False,
+        **options: Unpack[EngineOptions],
     ) -> None:
         from upwell.checkpoint import load_model
 
@@ -60,27 +57,20 @@ class LLM:
         if path is None and dtype is None:
             dtype = torch.float32  # small enough, and what the CPU kernels compute in
         model = load_model(where, dtype=dtype, device=on, numerics=numerics)
-        self._start(model, Tokenizer.from_directory(where), max_num_seqs, cache_tokens, graphs)
+        self._start(model, Tokenizer.from_directory(where), options)
 
     @classmethod
     def from_model(
-        cls,
-        model: Transformer,
-        tokenizer: Tokenizer | None = None,
-        max_num_seqs: int = MAX_NUM_SEQS,
-        cache_tokens: int = CACHE_TOKENS,
-        graphs: bool = False,
+        cls, model: Transformer, tokenizer: Tokenizer | None = None, **options: Unpack[EngineOptions]
     ) -> LLM:
         """An LLM over a model that is in memory already."""
         llm = cls.__new__(cls)
-        llm._start(model, tokenizer, max_num_seqs, cache_tokens, graphs)
+        llm._start(model, tokenizer, options)
         return llm
 
-    def _start(
-        self, model: Transformer, tokenizer: Tokenizer | None, max_num_seqs: int, cache_tokens: int, graphs: bool
-    ) -> None:
+    def _start(self, model: Transformer, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
         self.model = model.eval()
-        self.engine = Engine(model, tokenizer, max_num_seqs, cache_tokens, graphs=graphs)
+        self.engine = Engine(model, tokenizer, **options)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -110,8 +100,9 @@ class LLM:
         sinks = {id(request): _collect(output, failures) for request, output in zip(requests, outputs, strict=True)}
         for request in requests:
             request.sink = sinks[id(request)]
-            self.engine.add(request)
         try:
+            for request in requests:
+                self.engine.add(request)
             while not failures and not all(output.finished for output in outputs):
                 self.engine.step()
         finally:
@@ -166,13 +157,18 @@ class LLM:
         text = encode_messages(messages, thinking=thinking, tools=tools)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text)}
 
-    def _prepare(self, item: Prompt, params: SamplingParams, mask: TokenMask | None) -> tuple[RequestOutput, Request]:
-        prompt, ids = self._tokens(item)
-        request = self.engine.request(ids, params, sink=_nowhere, prompt=prompt, token_mask=mask)
-        empty = [CompletionOutput(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
-        return RequestOutput(prompt, ids, empty), request
+    def reset_prefix_cache(self) -> None:
+        """Forget computed prefixes: to be called when the model's weights have been changed in place."""
+        if self.engine.prefix is not None:
+            self.engine.prefix.clear()
 
-    def _tokens(self, item: Prompt) -> tuple[str | None, list[int]]:
+    def _prepare(self, item: Prompt, params: SamplingParams, mask: TokenMask | None) -> tuple[RequestOutput, Request]:
+        prompt, ids = self.tokens(item)
+        request = self.engine.request(ids, params, sink=_nowhere, prompt=prompt, token_mask=mask)
+        return RequestOutput.empty(prompt, ids, params), request
+
+    def tokens(self, item: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, where it has one, and token ids. Raises InputError."""
         if isinstance(item, str):
             return item, self.tokenizer.encode(item)
         unknown = set(item) - {"prompt", "prompt_token_ids"}

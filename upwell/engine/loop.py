@@ -21,6 +21,7 @@ class EngineThread:
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._door = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="upwell-engine", daemon=True)
         self._thread.start()
 
@@ -29,19 +30,28 @@ class EngineThread:
         return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
-        """Hand in a request made by `engine.request`. Raises ShuttingDownError after stop()."""
-        if self._stopping or not self.is_alive:
-            raise ShuttingDownError("the engine takes no new requests")
-        self._commands.put(lambda: self.engine.add(request))
+        """Hand in a request made by `engine.request`. Raises QueueFullError, and ShuttingDownError after stop()."""
+        with self._door:  # what passes it before stop() does is served
+            if self._stopping or not self.is_alive:
+                raise ShuttingDownError("the engine takes no new requests")
+            self.engine.admit(request)
+            self._commands.put(lambda: self.engine.start(request))
 
     def cancel(self, request: Request) -> None:
+        """End what still runs of a request before the next step; its blocks are free then."""
         self._commands.put(lambda: self.engine.cancel(request))
 
     def stop(self, timeout: float = 30.0) -> None:
-        """Take no more requests, finish those that run, and end the thread."""
-        self._stopping = True
+        """Take no more requests and finish those taken. What isn't done after `timeout` seconds ends with an error."""
+        with self._door:
+            self._stopping = True
         self._commands.put(lambda: None)  # wakes the loop
         self._thread.join(timeout)
+        if self._thread.is_alive():
+            error = ShuttingDownError("the engine was stopped before this was done")
+            self._commands.put(lambda: self.engine.fail_all(error))
+            self._thread.join()
+        self.engine.close()
 
     def _loop(self) -> None:
         try:
@@ -63,4 +73,4 @@ class EngineThread:
         if self.engine.has_work:
             self.engine.step()
             return True
-        return not self._stopping
+        return not (self._stopping and self._commands.empty())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from upwell.engine.params import SamplingParams
 from upwell.errors import UpwellError
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+
+    @staticmethod
+    def empty(prompt: str | None, prompt_token_ids: list[int], params: SamplingParams) -> RequestOutput:
+        """What nothing has been added to yet."""
+        logprobs = params.logprobs is not None
+        empty = [CompletionOutput(i, logprobs=[] if logprobs else None) for i in range(params.n)]
+        return RequestOutput(prompt, prompt_token_ids, empty)
 
     @property
     def text(self) -> str:

@@ -1,44 +1,52 @@
 """Who runs in the next step, and with which blocks.
 
-By arrival: a waiting sequence is admitted when a slot and the blocks for all its tokens are free. Every step decodes
-one token of each running sequence and computes one chunk of prompt tokens beside it. A running sequence takes blocks
-as it grows; when none is free, the latest arrival gives its own up and is computed again later. The oldest is never
-robbed and fits the pool alone, so every step gets something done.
+By priority, then by arrival: a waiting sequence is admitted when a slot and the blocks for all its tokens are free, or
+can be had from running ones of lower priority. Every step decodes one token of each running sequence and computes some
+prompt tokens beside it. A running sequence takes blocks as it grows; when none is free, the last in order gives its own
+up and is computed again later. The first is never robbed and fits the pool alone, so every step gets something done.
+
+A prompt whose beginning another one is computing waits for that: it goes on from the prefix cache, or, where all of
+the prompt is the same (n > 1), as a fork that shares the full blocks.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from upwell.config import BLOCK_TOKENS
 from upwell.engine.blocks import Pool, blocks_for
 from upwell.engine.outputs import FinishReason
+from upwell.engine.prefix import PrefixCache, next_cut
 from upwell.engine.sequence import Sequence, Status
 
 
 @dataclass
 class Batch:
-    """One step: sequences that decode, and (sequence, number of tokens) that prefill."""
+    """One step: sequences that decode, (sequence, number of tokens) that prefill, and those whose prompt is restored
+    whole: nothing to compute before their first token."""
 
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    restored: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
-    """Owns slots, blocks and both queues, each in order of arrival."""
+    """Owns slots, blocks and both queues, each in order. `chunk`: prompt tokens a step when nothing decodes."""
 
-    def __init__(self, blocks: int, slots: int, chunk: int) -> None:
-        self.blocks, self.slots, self.chunk = Pool(blocks), Pool(slots), chunk
+    def __init__(self, blocks: int, slots: int, chunk: int, prefix: PrefixCache | None = None) -> None:
+        self.blocks, self.slots, self.chunk, self.prefix = Pool(blocks), Pool(slots), chunk, prefix
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.prefix_queried = self.prefix_hits = 0  # prompt tokens
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence in any state; its blocks and slot are free at once."""
@@ -50,11 +58,14 @@ class Scheduler:
             self._evict(sequence)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
 
-    def schedule(self) -> Batch:
+    def schedule(self, beside_decode: int | None = None) -> Batch:
+        """The next step, with at most `beside_decode` prompt tokens if it decodes too."""
         self._grow()
         self._admit()
-        decode = [s for s in self.running if s.status is Status.DECODE]
-        return Batch(decode, self._prefill(s for s in self.running if s.status is Status.PREFILL))
+        batch = Batch([s for s in self.running if s.status is Status.DECODE])
+        tokens = self.chunk if beside_decode is None or not batch.decode else min(self.chunk, beside_decode)
+        self._prefill(batch, tokens)
+        return batch
 
     def computed(self, sequence: Sequence, tokens: int) -> None:
         """`tokens` more of the sequence are in the cache."""
@@ -62,47 +73,111 @@ class Scheduler:
         if sequence.computed == len(sequence):
             sequence.status = Status.DECODE
 
+    def fork(self, leader: Sequence) -> list[Sequence]:
+        """Admit those that wait for exactly the prompt that `leader` has just computed: they share its full blocks.
+
+        Their state and last partial block are for the caller to copy. Whoever finds no room is left to wait, and no
+        one overtakes.
+        """
+        forks: list[Sequence] = []
+        full = len(leader) // BLOCK_TOKENS
+        own = blocks_for(len(leader)) - full
+        for sequence in list(self.waiting):
+            if not _same_prompt(sequence, leader):
+                if self._pays_to_wait(sequence):
+                    continue
+                break
+            if not self.slots.free or own > self.blocks.free:
+                break
+            table = self.blocks.share(leader.table[:full]) + self.blocks.take(own)
+            self._start(sequence, table)
+            sequence.computed, sequence.status = leader.computed, Status.DECODE
+            self._count_prefix(sequence)
+            forks.append(sequence)
+        return forks
+
     def _admit(self) -> None:
-        while self.waiting and self.slots.free:
-            first = self.waiting[0]
+        for first in list(self.waiting):
+            if first.status is not Status.WAITING or self._pays_to_wait(first):
+                continue
             need = blocks_for(len(first))
-            if need > self.blocks.free:
+            if not self._make_room(first, need):
                 return  # no overtaking: a long prompt would never get its turn
-            self.waiting.pop(0)
-            (first.slot,) = self.slots.take(1)
-            first.table = self.blocks.take(need)
-            first.status = Status.PREFILL
-            bisect.insort(self.running, first, key=lambda s: s.arrival)
+            self._start(first, self.blocks.take(need))
+            if self.prefix is not None:
+                first.computed, first.restored = self.prefix.restore(first.keys, first.slot, first.table)
+                self._count_prefix(first)
+
+    def _start(self, sequence: Sequence, table: list[int]) -> None:
+        self.waiting.remove(sequence)
+        (sequence.slot,) = self.slots.take(1)
+        sequence.table, sequence.status = table, Status.PREFILL
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+
+    def _count_prefix(self, sequence: Sequence) -> None:
+        if not sequence.output:  # a preempted one was counted when it came
+            self.prefix_queried += len(sequence)
+            self.prefix_hits += sequence.computed
+
+    def _pays_to_wait(self, sequence: Sequence) -> bool:
+        """Someone is computing a longer beginning of this sequence than the prefix cache has."""
+        for other in self.running:
+            if other.status is not Status.PREFILL or other.order > sequence.order:
+                continue  # one that comes later may be kept from getting on
+            if _same_prompt(sequence, other):
+                return True
+            if self.prefix is not None:
+                shared = sequence.keys.shared(other.keys)
+                if shared > other.computed and shared > self.prefix.match(sequence.keys):
+                    return True
+        return False
+
+    def _make_room(self, first: Sequence, need: int) -> bool:
+        """See that a slot and `need` blocks are free, at the cost of running sequences of lower priority."""
+        lower = [s for s in self.running if s.request.priority > first.request.priority]
+        if need > self.blocks.free + sum(len(s.table) for s in lower) or not (self.slots.free or lower):
+            return False
+        while (need > self.blocks.free or not self.slots.free) and lower:
+            self._preempt(lower.pop())
+        return need <= self.blocks.free and self.slots.free > 0
 
     def _grow(self) -> None:
-        """Give every decoding sequence room for its next token, oldest first."""
+        """Give every decoding sequence room for its next token, first in order first."""
         for sequence in list(self.running):
             if sequence.status is not Status.DECODE or blocks_for(len(sequence)) <= len(sequence.table):
                 continue
-            while not self.blocks.free:
-                victim = self.running[-1]
-                self._evict(victim)
-                victim.status = Status.WAITING
-                self.add(victim)
-                if victim is sequence:
-                    break
+            while not self.blocks.free and sequence.status is Status.DECODE:
+                self._preempt(self.running[-1])
             if sequence.status is Status.DECODE:
                 sequence.table += self.blocks.take(1)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._evict(sequence)
+        sequence.status = Status.WAITING
+        self.add(sequence)
+        self.preemptions += 1
 
     def _evict(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.give_back(sequence.table)
         self.slots.give_back([sequence.slot])
-        sequence.table, sequence.slot, sequence.computed = [], -1, 0
+        sequence.table, sequence.slot, sequence.computed, sequence.restored = [], -1, 0, None
 
-    def _prefill(self, sequences: Iterable[Sequence]) -> list[tuple[Sequence, int]]:
-        """As many sequences as fit a chunk when padded to the longest of them."""
-        batch: list[tuple[Sequence, int]] = []
+    def _prefill(self, batch: Batch, budget: int) -> None:
+        """As many sequences as fit the budget when padded to the longest of them; each stops at its next cut."""
+        prompts = [s for s in self.running if s.status is Status.PREFILL]
+        batch.restored = [s for s in prompts if s.restored is not None]
         longest = 0
-        for sequence in sequences:
-            tokens = min(len(sequence) - sequence.computed, self.chunk)
+        for sequence in (s for s in prompts if s.restored is None):
+            tokens = min(len(sequence) - sequence.computed, budget)
+            if self.prefix is not None:
+                tokens = min(tokens, next_cut(sequence.computed) - sequence.computed)
             longest = max(longest, tokens)
-            if batch and (len(batch) + 1) * longest > self.chunk:
+            if batch.prefill and (len(batch.prefill) + 1) * longest > budget:
                 break
-            batch.append((sequence, tokens))
-        return batch
+            batch.prefill.append((sequence, tokens))
+
+
+def _same_prompt(a: Sequence, b: Sequence) -> bool:
+    """Neither has output, and the prompts are equal."""
+    return not a.output and not b.output and a.keys.whole == b.keys.whole and len(a) == len(b)

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import Tensor
+
 from upwell.engine.detokenizer import Detokenizer
 from upwell.engine.outputs import Delta, FinishReason, TokenLogprob
 from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.prefix import PrefixKeys
 
 Sink = Callable[[Delta], None]
 
@@ -24,7 +27,10 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what to do with it. `limit` is the most tokens a completion may have; deltas go to `sink`."""
+    """A prompt and what to do with it. `limit` is the most tokens a completion may have; deltas go to `sink`.
+
+    Lower `priority` goes first. `timeout` seconds after the engine took it, at `deadline`, it ends with an error.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -33,13 +39,17 @@ class Request:
     eos_token_id: int
     sink: Sink
     token_mask: TokenMask | None = None
+    priority: int = 0
+    timeout: float | None = None
+    deadline: float | None = None  # by time.monotonic()
 
 
 class Sequence:
-    """One completion. `arrival` orders sequences; `computed` tokens of prompt + output are in the cache."""
+    """One completion. `order` says who goes first; `computed` tokens of prompt + output are in the cache."""
 
     def __init__(self, request: Request, index: int, arrival: int, detokenizer: Detokenizer | None) -> None:
         self.request, self.index, self.arrival = request, index, arrival
+        self.order = (request.priority, arrival)
         self.detokenizer = detokenizer
         self.output: list[int] = []
         self.counts: Counter[int] = Counter()  # of output tokens, for the penalties
@@ -48,6 +58,8 @@ class Sequence:
         self.computed = 0
         self.slot = -1
         self.table: list[int] = []
+        self.restored: Tensor | None = None  # streams [1, h, D] after the last token, where no token had to be computed
+        self._keys: PrefixKeys | None = None
         params = request.params
         # An own source of randomness: nothing else in the batch can change what is drawn.
         self.rng = random.Random(None if params.seed is None else f"{params.seed}/{index}")
@@ -61,6 +73,13 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def keys(self) -> PrefixKeys:
+        """Hashes of all tokens so far; made anew when they have grown."""
+        if self._keys is None or self._keys.length != len(self):
+            self._keys = PrefixKeys.of(self.tokens(0, len(self)))
+        return self._keys
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens start..stop-1 of prompt + output."""

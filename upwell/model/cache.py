@@ -66,7 +66,7 @@ class KVCache:
         self, config: ModelConfig, blocks: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         where = torch.device(device)
-        self.blocks, self.slots = blocks, slots
+        self.config, self.blocks, self.slots = config, blocks, slots
         self.layers = [LayerCache(config, r, blocks, slots, dtype, where) for r in config.compress_ratios]
         self.mtp = [LayerCache(config, 0, 0, slots, dtype, where) for _ in range(config.num_nextn_predict_layers)]
 

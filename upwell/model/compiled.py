@@ -11,7 +11,7 @@ from array import array
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import getitem, is_
+from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from upwell.model.transformer import Block, Transformer
 
 CHUNK = 512  # tokens a call takes through all layers: what its activations need stays in cache
+_version = attrgetter("_version")
+_PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
+_CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
+_ARENA = 1 << 23  # floats
+_PANELS = 4
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 3}
 
 
@@ -47,7 +52,8 @@ class Plan:
     owners: list[dict[str, Any]]  # where each tensor came from
     names: list[str]
     tensors: list[Any]
-    copied: list[tuple[Tensor, int]]  # those that were copied, with the version they had
+    copied: list[Tensor]  # those that were copied, and the versions they had
+    versions: list[int]
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -55,7 +61,7 @@ class Plan:
     def current(self) -> bool:
         """The model still holds the tensors that the plan points to, and copies are up to date."""
         same = all(map(is_, map(getitem, self.owners, self.names), self.tensors))
-        return same and all(tensor._version == version for tensor, version in self.copied)
+        return same and list(map(_version, self.copied)) == self.versions
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
@@ -64,8 +70,13 @@ class Plan:
 
 
 class _Builder:
-    def __init__(self) -> None:
+    """Collects the addresses of a model's tensors. `pack`: whether FP32 matrices are copied into panels."""
+
+    def __init__(self, pack: bool) -> None:
+        self.pack = pack
         self.kept: list[Any] = []
+        self.formats: set[int] = set()
+        self.arena, self.used = torch.empty(0), 0
         self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
 
     def watch(self, module: nn.Module, name: str, copied: bool) -> Tensor:
@@ -88,6 +99,29 @@ class _Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
+    def panels(self, weight: Tensor, groups: int) -> native.Matrix:
+        """Each group's rows packed for the kernels (csrc/layout.h)."""
+        rows, cols = weight.shape[0] // groups, weight.shape[1]
+        size = -(-rows // native.PANEL) * native.PANEL * cols
+        if self.used + groups * size > self.arena.numel():
+            self.arena, self.used = torch.empty(max(_ARENA, groups * size)), 0
+            self.kept.append(self.arena)
+        at = self.arena.data_ptr() + 4 * self.used
+        lib = native.library()
+        assert lib is not None
+        for group in range(groups):
+            lib.upwell_pack(weight[group * rows :].data_ptr(), rows, cols, at + 4 * group * size)
+        self.used += -(-groups * size // 16) * 16
+        return native.Matrix(at, None, groups * rows, cols, _PANELS)
+
+    def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1) -> native.Matrix:
+        if self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
+            made = self.panels(weight, groups)
+        else:
+            made = self.raw(weight, scale)
+        self.formats.add(made.format)
+        return made
+
     def raw(self, weight: Tensor, scale: Tensor | None) -> native.Matrix:
         if weight.dtype not in _FORMATS or not weight.is_contiguous() or weight.device.type != "cpu":
             raise _Unsupported(str(weight.dtype))
@@ -105,11 +139,11 @@ class _Builder:
     def linear(self, module: nn.Module, groups: int = 1) -> native.Matrix:
         if getattr(module, "quantize_input", False):
             raise _Unsupported("quantize_input")
-        weight = self.watch(module, "weight", False)
-        scale = self.watch(module, "scale", False) if module._buffers.get("scale") is not None else None
+        weight = self.watch(module, "weight", True)
+        scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
         if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
             return self.raw(dense_weight(weight, scale, torch.float32), None)
-        return self.raw(weight, scale)
+        return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
         fn = self.raw(self.watch(module, "fn", False), None)
@@ -129,12 +163,12 @@ class _Builder:
         if routed.packed is not None:
             self.watched.append((routed.__dict__, "packed", routed.packed, -1))
             for expert in routed.packed:
-                matrices += [self.raw(*expert[name]) for name in ("w1", "w3", "w2")]
+                matrices += [self.matrix(*expert[name]) for name in ("w1", "w3", "w2")]
         else:
-            w13, w2 = self.watch(routed, "w13", False), self.watch(routed, "w2", False)
+            w13, w2 = self.watch(routed, "w13", True), self.watch(routed, "w2", True)
             inter = w2.shape[2]
             for e in range(w13.shape[0]):
-                matrices += [self.raw(w13[e, :inter], None), self.raw(w13[e, inter:], None), self.raw(w2[e], None)]
+                matrices += [self.matrix(part, None) for part in (w13[e, :inter], w13[e, inter:], w2[e])]
         shared = moe.shared_experts
         matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
         stored = (native.Matrix * len(matrices))(*matrices)
@@ -159,7 +193,7 @@ class _Builder:
             out.index_compressor = self.compressor(attn.indexer.compressor)
             out.index_wq_b = self.linear(attn.indexer.wq_b)
             out.index_weights = self.linear(attn.indexer.weights_proj)
-        out.gate = self.raw(self.watch(gate, "weight", False), None)
+        out.gate = self.matrix(self.watch(gate, "weight", True), None)
         if gate.bias is not None:
             out.gate_bias = self.vector(gate, "bias")
         if gate.tid2eid is not None:
@@ -193,12 +227,16 @@ def _make(model: Transformer) -> Plan | None:
         or c.hc_mult > 8 or c.o_groups > 64 or c.qk_rope_head_dim > 512
     ):  # fmt: skip
         return None
-    build = _Builder()
+    build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
+    dense = max(
+        sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
+        for block in model.layers
+    )
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
         c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
-        c.moe_intermediate_size * c.n_shared_experts, c.hc_sinkhorn_iters, c.vocab_size, c.csa_ratio,
+        c.moe_intermediate_size * c.n_shared_experts, c.hc_sinkhorn_iters, c.vocab_size, c.csa_ratio, 0,
         c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
         build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
     )  # fmt: skip
@@ -212,9 +250,12 @@ def _make(model: Transformer) -> Plan | None:
         )
     except _Unsupported:
         return None
+    shape.by_tokens = int(build.formats == {_PANELS} and dense <= _CACHED_BYTES)
     owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
-    copied = [(tensor, version) for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
-    return Plan(shape, layers, mtp, head, build.kept, owners, names, tensors, copied)
+    copied = [tensor for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
+    return Plan(
+        shape, layers, mtp, head, build.kept, owners, names, tensors, copied, [v for v in versions if v >= 0]
+    )  # fmt: skip
 
 
 def _cache_layers(layers: list[LayerCache]) -> Any:

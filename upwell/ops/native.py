@@ -55,7 +55,7 @@ class Model(ctypes.Structure):
         *((name, c_int64) for name in (
             "hidden", "streams", "heads", "dim", "rope", "window", "q_rank", "o_rank", "groups", "index_heads",
             "index_dim", "index_topk", "experts", "experts_per_token", "inter", "shared_inter", "sinkhorn_iters",
-            "vocab", "csa_ratio")),
+            "vocab", "csa_ratio", "by_tokens")),
         *((name, c_double) for name in ("hc_eps", "norm_eps", "swiglu_limit", "routed_scaling")),
         ("freqs", c_void_p), ("compress_freqs", c_void_p),
     ]  # fmt: skip
@@ -89,6 +89,9 @@ class HeadCall(ctypes.Structure):
     ]  # fmt: skip
 
 
+PANEL = 32  # rows of a packed FP32 weight that lie interleaved (csrc/layout.h)
+
+
 @cache
 def _loaded() -> ctypes.CDLL | None:
     wish = os.environ.get("UPWELL_KERNELS", "")
@@ -110,6 +113,7 @@ def _loaded() -> ctypes.CDLL | None:
     for name in ("upwell_forward", "upwell_head"):
         function = getattr(lib, name)
         function.argtypes, function.restype = [c_void_p], None
+    lib.upwell_pack.argtypes, lib.upwell_pack.restype = [c_void_p, c_int64, c_int64, c_void_p], None
     lib.upwell_set_threads.argtypes = [c_int]
     _share_openmp(lib)
     if wish and lib.upwell_set_isa(wish.encode()) != 0:

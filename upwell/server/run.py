@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from upwell.engine import LLM
+from upwell.engine import LLM, EngineOptions
 from upwell.errors import InputError
 from upwell.server.app import create_app
 from upwell.server.responders import ModelResponder, NanoResponder, Responder
@@ -30,8 +30,9 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    path: Path | None, host: str, port: int, device: str, dtype: torch.dtype | None, served_name: str | None
-) -> None:
+    path: Path | None, host: str, port: int, device: str, dtype: torch.dtype | None, served_name: str | None,
+    options: EngineOptions,
+) -> None:  # fmt: skip
     """Serve the checkpoint at `path` (None: the embedded model) until interrupted. Port 0 takes a free one."""
     listener = _bind(host, port)  # before the model loads: a taken port is known at once
     with listener:
@@ -40,7 +41,7 @@ def serve(
             name, responder = served_name or NANO_NAME, NanoResponder()
         else:
             name = served_name or path.resolve().name
-            responder = ModelResponder(LLM(path, device=device, dtype=dtype))
+            responder = ModelResponder(LLM(path, device=device, dtype=dtype, **options))
         app = create_app(responder, name)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
         _Server(config, _greeting(name, *listener.getsockname()[:2])).run(sockets=[listener])

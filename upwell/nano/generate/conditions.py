@@ -53,6 +53,7 @@ class ConditionSampler:
         self.year = [i for i in asked if columns[i].kind == "year"]
         self.any = asked
         self.key = table.key if table.key in usable else None
+        self.label = table.label if table.label in asked else None
 
     def where(self, weights: tuple[float, ...] = (55, 33, 10, 2), avoid: tuple[int, ...] = ()) -> tuple[Cond, ...]:
         count = self.rng.choices(range(len(weights)), weights)[0]
@@ -64,6 +65,19 @@ class ConditionSampler:
             if made:
                 out.append(made)
         return tuple(out)
+
+    def moment(self) -> tuple[Cond, ...]:
+        """One year: what makes the rows of a panel single."""
+        pool = self.year + self.date
+        if not pool:
+            return ()
+        column = self.rng.choice(pool)
+        present = self.table.columns[column].present()
+        if not present:
+            return ()
+        if column in self.year:
+            return (Cond(column, "eq", (self.rng.choice(present),)),)
+        return (Cond(column, "on", (period(as_date(self.rng.choice(present)), "year"),)),)
 
     def cond(self, avoid: tuple[int, ...] = ()) -> Cond | None:
         rng, columns = self.rng, self.table.columns

@@ -202,7 +202,7 @@ class GroupSentences(Sentences):
     def _compare(self, q: Intent) -> str:
         m, cond = q.measures[0], q.where[0]
         values = ["\ue000" + self.p.cased(str(v)) for v in cond.args]
-        if any(len(self.p.table.holders[str(v).lower()]) > 1 for v in cond.args):
+        if any(len(self.p.table.holders.get(str(v).lower(), ())) > 1 for v in cond.args):
             raise Unsayable("value of several columns")
         both = f"{', '.join(values[:-1])} and {values[-1]}"
         versus = f" {self.pick('vs', 'versus', 'vs.', 'v')} ".join(values)
@@ -216,7 +216,7 @@ class GroupSentences(Sentences):
 
     def _compare_best(self, q: Intent) -> str:
         m, cond, up = q.measures[0], q.where[0], q.sort == "desc"
-        if any(len(self.p.table.holders[str(v).lower()]) > 1 for v in cond.args) or m.op in ("max", "min"):
+        if any(len(self.p.table.holders.get(str(v).lower(), ())) > 1 for v in cond.args) or m.op in ("max", "min"):
             raise Unsayable("value of several columns")
         a, b = ("\ue000" + self.p.cased(str(v)) for v in cond.args)
         one, _ = self.dim(q.dims[0])
@@ -253,7 +253,7 @@ class GroupSentences(Sentences):
         what = self.measure(m, 0.35) if m.op != "count" else self.pick(f"number of {self.rows(q.where)}", f"number of {self.rows(q.where)}", f"count of {self.rows(q.where)}", f"{self.rows(q.where)}")
         scope = self.scope(q.where) if m.op != "count" else ""
         roll = rng.random()
-        plain = self.sole_time()
+        plain = self.p.unnamed_time(d.column)
         if plain and d.unit in ("month", "") and roll < 0.3:
             return self.pick(f"{what} over time{scope}", f"trend of {what} over time{scope}", f"how did the {what} change over time{scope}", f"how has the {what} developed over time{scope}", f"show the trend of {what}{scope}", f"{what} trend{scope}", f"evolution of {what}{scope}", f"development of {what} over time{scope}",
                              f"how does the {what} evolve over time{scope}", f"plot {what} over time{scope}")  # fmt: skip

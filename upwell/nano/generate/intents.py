@@ -70,20 +70,23 @@ class Sampler(ConditionSampler):
         return Intent(form, self.where((38, 45, 15, 2), (_column(measure),)), measures=(measure,))
 
     def _superlative(self, form: str, top: int = 1) -> Intent | None:
-        pool = self.num * 4 + self.date + self.year * 2
-        if self.key is None or not pool:
+        pool = [i for i in self.num * 4 + self.date + self.year * 2 if i != self.label]
+        if self.label is None or not pool:
             return None
         column = self.rng.choice(pool)
-        extra = [i for i in self.any if i not in (self.key, column)] if top > 1 else []
+        extra = [i for i in self.any if i not in (self.label, column)] if top > 1 else []
         more = (self.rng.choice(extra),) if extra and self.rng.random() < 0.1 else ()
-        return Intent(form, self.where((64, 29, 7), (column,)), show=(self.key, *more), sort_column=column,
+        where = self.where((64, 29, 7), (column,))
+        if self.key is None and column in self.num and self.rng.random() < 0.6:
+            where = self.moment()
+        return Intent(form, where, show=(self.label, *more), sort_column=column,
                       sort="desc" if self.rng.random() < 0.66 else "asc", top=top)  # fmt: skip
 
     def _superlative_attribute(self, form: str) -> Intent | None:
         made = self._superlative(form)
         if not made:
             return None
-        said = (self.key, made.sort_column, *(c.column for c in made.where))
+        said = (self.label, made.sort_column, *(c.column for c in made.where))
         pool = [i for i in self.any if i not in said]
         if not pool:
             return None
@@ -145,9 +148,9 @@ class Sampler(ConditionSampler):
         if not where:
             return None
         taken = tuple(c.column for c in where)
-        more = [i for i in self.any if i not in taken and i != self.key]
+        more = [i for i in self.any if i not in taken and i != self.label]
         rng = self.rng
-        if self.key is None or rng.random() < 0.22:
+        if self.label is None or self.label in taken or rng.random() < 0.22:
             if not more:
                 return None
             return Intent(
@@ -155,20 +158,20 @@ class Sampler(ConditionSampler):
             )
         extra = tuple(rng.sample(more, min(len(more), rng.choice((1, 1, 2))))) if rng.random() < 0.2 else ()
         if rng.random() < 0.16 and self.num:
-            return Intent("filter", where, show=(self.key, *extra), sort=rng.choice(("desc", "asc")),
+            return Intent("filter", where, show=(self.label, *extra), sort=rng.choice(("desc", "asc")),
                           sort_column=rng.choice(self.num + self.date))  # fmt: skip
-        return Intent("filter", where, show=(self.key, *extra))
+        return Intent("filter", where, show=(self.label, *extra))
 
     def _show_sorted(self, form: str) -> Intent | None:
         rng = self.rng
-        if self.key is None:
+        if self.label is None:
             return None
-        pool = self.num * 3 + self.date + self.year
+        pool = [i for i in self.num * 3 + self.date + self.year if i != self.label]
         if rng.random() < 0.2 or not pool:
-            return Intent("show_all", show=(self.key,))
+            return Intent("show_all", show=(self.label,)) if self.key is not None else None
         column = rng.choice(pool)
         extra = (column,) if rng.random() < 0.3 else ()
-        return Intent(form, show=(self.key, *extra), sort=rng.choice(("desc", "desc", "asc")), sort_column=column)
+        return Intent(form, show=(self.label, *extra), sort=rng.choice(("desc", "desc", "asc")), sort_column=column)
 
     def _share(self, form: str) -> Intent | None:
         cond = self.cond()
@@ -239,6 +242,10 @@ class Sampler(ConditionSampler):
         column = self.rng.choice(pool)
         if len(self.cat) > 1 and self.rng.random() < 0.1:
             return Intent(form, listed=tuple(self.rng.sample(self.cat, 2)))
+        values = self.table.columns[column].present()
+        if column in self.cat and values and not self.table.columns[column].coded and self.rng.random() < 0.06:
+            part = self._text(column, values)
+            return Intent(form, (part,), listed=(column,)) if part else None
         return Intent(form, self.where((60, 34, 6), (column,)), listed=(column,))
 
     def _distinct(self, form: str) -> Intent | None:
@@ -252,6 +259,8 @@ class Sampler(ConditionSampler):
         if self.flag and rng.random() < 0.12:
             measure = self.measure("avg avg sum", count=0.3)
             return Intent("compare_flag", (), (Dim(rng.choice(self.flag)),), (measure,)) if measure else None
+        if self.year and rng.random() < 0.2:
+            return self._compare_years(form)
         if not self.cat:
             return None
         column = rng.choice(self.cat)
@@ -263,6 +272,14 @@ class Sampler(ConditionSampler):
         if measure.op in ("max", "min") and self.table.columns[measure.column or 0].kind != "num":
             return None
         return Intent(form, (Cond(column, "in", chosen),), (Dim(column),), (measure,))
+
+    def _compare_years(self, form: str) -> Intent | None:
+        column = self.rng.choice(self.year)
+        years = sorted(set(self.table.columns[column].present()))
+        measure = self.measure("avg avg avg sum sum median", count=0.2, avoid=(column,))
+        if len(years) < 3 or not measure:
+            return None
+        return Intent(form, (Cond(column, "in", tuple(self.rng.sample(years, 2))),), (Dim(column),), (measure,))
 
     def _compare_best(self, form: str) -> Intent | None:
         made = self._compare(form)

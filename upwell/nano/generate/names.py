@@ -46,6 +46,11 @@ class Names:
         self.person = any(pair[0].split()[-1] in _PEOPLE for pair in table.entity) or (
             table.key is not None and table.columns[table.key].spec.pool == "person"
         )
+        self._table_words = keywords(" ".join(words(table.name)))
+        self.by_label = False  # whether the question's rows go by their label's noun: "companies", not "records"
+        times = [i for i, c in enumerate(table.columns) if c.kind in ("date", "year")]
+        self._first_time = times[0] if all(table.columns[i].kind == "date" for i in times[:2]) and times else -1
+        self._only_time = len(times) == 1
         every = [
             [*c.spec.say, *(" ".join(words(n)) for n in c.spec.names), c.header_words]
             for c in table.columns
@@ -111,8 +116,15 @@ class Names:
         noun = self.column(index, raw=False)
         return noun if self.table.columns[index].opaque else plural(noun)
 
+    def unnamed_time(self, index: int) -> bool:
+        """Whether a time without a name ("in 2022", "per month") can mean this column: the only one, or by default
+        the first date of several."""
+        return self._only_time or (index == self._first_time and self.rng.random() < 0.45)
+
     def entity(self, many: bool = True) -> str:
-        pair = self.rng.choice(self.table.entity)
+        pairs = self.table.label_entity if self.by_label else self.table.entity
+        named = [pair for pair in pairs if keywords(pair[0]) & self._table_words]
+        pair = self.rng.choice(named if named and self.rng.random() < 0.5 else pairs)
         return pair[1] if many else pair[0]
 
     def who(self) -> str:

@@ -338,7 +338,7 @@ class Phrases(Names):
 
     def _time(self, cond: Cond) -> list[tuple[str, str, float]]:
         rng, column = self.rng, self.table.columns[cond.column]
-        sole = sum(c.kind in ("date", "year") for c in self.table.columns) == 1
+        sole = self.unnamed_time(cond.column)
         is_year = column.kind == "year"
         at = [str(a) if is_year else self.date(a) for a in cond.args]
         unit = "year" if is_year else cond.args[0].unit

@@ -42,7 +42,7 @@ class RowSentences(Sentences):
             if parts[0] in ("fewest", "most") and len(parts) == 2 and parts[1].endswith("s"):
                 return "with", word
             return "adj", word
-        if column.kind in ("date", "year") and self.sole_time() and rng.random() < 0.5:
+        if column.kind in ("date", "year") and self.p.unnamed_time(q.sort_column) and rng.random() < 0.5:
             return "adj", self.pick("latest", "latest", "most recent", "newest", "last") if up else self.pick("earliest", "oldest", "first", "earliest")
         name = self.p.column(q.sort_column)
         if column.kind in ("date", "year"):
@@ -305,9 +305,21 @@ class RowSentences(Sentences):
             return self.pick(f"list the distinct {a} and {b} pairs", f"all combinations of {a} and {b}", f"which combinations of {a} and {b} exist", f"unique pairs of {a} and {b}", f"distinct {a} and {b}", f"what {a} and {b} combinations are there")
         names, name = self.p.columns(q.listed[0]), self.p.column(q.listed[0], raw=False)
         kind = self.pick("different", "different", "unique", "distinct", "", "possible")
+        if q.where and q.where[0].column == q.listed[0]:
+            text = str(q.where[0].args[0])
+            text = self.pick(text, text.lower(), f"'{text}'", f'"{text}"')
+            if q.where[0].op == "contains":
+                return f"\ue000{self.pick('', 'which ', 'list ', 'all ')}{names} {self.pick('with', 'containing', 'that contain', 'that include')} {text}{self.pick('', ' in the name', ' in their name', ' in it')}"
+            way = ("starting with", "that start with", "beginning with") if q.where[0].op == "starts" else ("ending in", "ending with", "that end with")
+            return f"\ue000{self.pick('', 'which ', 'list ', 'all ')}{names} {self.pick(*way)} {text}"
         if q.where:
             if self.rng.random() < 0.25:
                 return f"which {names} do {self.rows(q.where)} have"
+            if self.rng.random() < 0.25:
+                try:
+                    return f"{self.pick('', '', 'list ', 'show ', 'which ', 'what are the ', 'all ')}{names} {self.loose(q.where)}"
+                except Unsayable:
+                    pass
             return self.pick(f"which {names} are there {self.pick('among', 'for')} {self.rows(q.where)}", f"list the {kind or 'different'} {names} of {self.rows(q.where)}", f"{kind or 'unique'} {names} of {self.rows(q.where)}", f"what {names} are found among {self.rows(q.where)}",
                              f"{names} of {self.rows(q.where)}", f"which {names} have the {self.rows(q.where)}", f"{names} for {self.rows(q.where)}",
                              f"distinct {names} for {self.rows(q.where)}", f"in which {names} are there {self.rows(q.where)}", f"what are the different {names} among {self.rows(q.where)}", f"which {names} have {self.rows(q.where)}")  # fmt: skip

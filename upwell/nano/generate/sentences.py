@@ -205,6 +205,9 @@ class Sentences:
             return f"{name} in total" if rng.random() < 0.06 else f"{self.pick(*SUM)} {name}"
         if column.kind in ("date", "year"):
             return f"{self.pick(*(LATE if m.op == 'max' else EARLY))} {name}"
+        own = [w for w in (column.hi if m.op == "max" else column.lo) if w.endswith("est") and " " not in w]
+        if own and rng.random() < 0.07:
+            return f"{rng.choice(own)} {name}"
         if rng.random() < 0.03:
             return f"{self.pick('upper end', 'upper limit') if m.op == 'max' else self.pick('lower end', 'lower limit')} of {name}"
         return f"{self.pick(*(MAX if m.op == 'max' else MIN))} {name}"
@@ -216,12 +219,12 @@ class Sentences:
             one, many, _, _ = UNIT[d.unit]
             if d.unit == "weekday":
                 one, many = self.rng.choice((("weekday", "weekdays"), ("day of the week", "days of the week"), ("day of week", "days of the week")))
-            if self.sole_time() and self.rng.random() < 0.75:
+            if self.p.unnamed_time(d.column) and self.rng.random() < 0.75:
                 return one, many
             name = self.p.column(d.column)
             name = name.removesuffix(" date").removesuffix("_date") if self.rng.random() < 0.3 else name
             return self.rng.choice(((f"{one} of {name}", f"{many} of {name}"), (f"{name} {one}", f"{name} {many}")))
-        if column.kind == "year" and self.sole_time() and self.rng.random() < 0.45:
+        if column.kind == "year" and self.p.unnamed_time(d.column) and self.rng.random() < 0.45:
             return "year", "years"
         if column.kind == "flag" and column.spec.yes and self.rng.random() < 0.25:
             return f"{column.spec.yes[0]} or not", f"{column.spec.yes[0]} or not"
@@ -245,9 +248,6 @@ class Sentences:
         if not self.p.own(header, index):
             raise Unsayable("flag")
         return header
-
-    def sole_time(self) -> bool:
-        return sum(c.kind in ("date", "year") for c in self.columns) == 1
 
     def by(self, d: Dim) -> str:
         one, many = self.dim(d)

@@ -32,9 +32,9 @@ NOANS = {"missing": 0.09, "notdata": 0.05, "ambiguous": 0.18}
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """`prompt` ends in <plan>; `target` are the plan's tokens, <end> last; `kind` the form."""
+    """`target` are the plan's tokens, <end> last, under the column order of `prompt`; `kind` the form."""
 
-    prompt: str
+    order: list[int]
     target: list[str]
     kind: str
     question: str
@@ -43,6 +43,11 @@ class Example:
     linked: LinkedQuestion
     draft: Draft
     rows: dict[str, list[object]]  # the table's columns
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads; ends in <plan>."""
+        return render_prompt(self.table, self.linked, self.order, self.draft)
 
 
 def profile_of(table: Table) -> TableProfile:
@@ -190,6 +195,4 @@ def _finish(
     if not PlanGrammar(profile, linked.slots, order).accepts(target):
         drops[f"grammar: {kind}"] += 1
         return None
-    draft = draft_plan(profile, linked)
-    prompt = render_prompt(profile, linked, order, draft)
-    return Example(prompt, target, kind, question, profile, plan, linked, draft, rows)
+    return Example(order, target, kind, question, profile, plan, linked, draft_plan(profile, linked), rows)

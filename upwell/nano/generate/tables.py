@@ -76,6 +76,8 @@ class Table:
     entity: tuple[tuple[str, str], ...]
     columns: tuple[Column, ...]
     key: int | None
+    label: int | None  # what stands for a row: the key, the repeated name of a panel, the day of a series
+    label_entity: tuple[tuple[str, str], ...]
     left_out: tuple[ColumnSpec, ...]
     holders: dict[str, frozenset[int]] = field(repr=False)
     vocabulary: frozenset[str] = field(repr=False)
@@ -268,7 +270,8 @@ def sample_table(domains: Sequence[Domain], rng: Random) -> Table:
     if rng.random() < 0.6:
         specs.sort(key=lambda s: s.kind != "key")
     rows = rng.randint(20, 80)
-    panel = _panel(domain, specs, rng) if rng.random() < 0.16 else False
+    panel = _panel(domain, specs, rng) if rng.random() < 0.16 else None
+    series = _series(specs, rng) if panel is None and rng.random() < 0.09 else None
     for spec in specs:
         if spec.kind == "key" and spec.values:
             rows = min(rows, len(spec.values))
@@ -280,6 +283,9 @@ def sample_table(domains: Sequence[Domain], rng: Random) -> Table:
         taken = {h.lower() for h in headers}
         headers.append(_opaque_header(taken, rng) if i in opaque else _header(spec, taken, rng))
     data = [_values(spec, rows, rng) for spec in specs]
+    if series is not None:
+        place = next(i for i, spec in enumerate(specs) if spec is series.spec)
+        data[place] = series.values(rows, rng), False
     key = _key(domain, specs, opaque)
     superlatives: dict[str, int] = {}
     for i, spec in enumerate(specs):
@@ -312,16 +318,25 @@ def sample_table(domains: Sequence[Domain], rng: Random) -> Table:
                   for w in keywords(p)}  # fmt: skip
     vocabulary |= {w for pair in domain.entity for w in keywords(pair[0])}
     plain = (("row", "rows"), ("record", "records"))
-    if panel:
+    label, label_entity = key, domain.entity
+    if panel is not None:
         entity: tuple[tuple[str, str], ...] = (*plain, ("entry", "entries"), ("observation", "observations"))
+        label = next(i for i, spec in enumerate(specs) if spec is panel)
+    elif series is not None:
+        entity = label_entity = ((series.one, series.one + "s"),)
+        label = next(i for i, spec in enumerate(specs) if spec is series.spec)
     else:
         entity = domain.entity if rng.random() < 0.93 else (*domain.entity, *plain)
+    if label in opaque:
+        label = None
     return Table(
         name=rng.choice(domain.tables),
         domain=domain,
         entity=entity,
         columns=tuple(columns),
         key=key,
+        label=label,
+        label_entity=label_entity,
         left_out=tuple(left),
         holders={value: frozenset(where) for value, where in holders.items()},
         vocabulary=frozenset(vocabulary),
@@ -331,14 +346,49 @@ def sample_table(domains: Sequence[Domain], rng: Random) -> Table:
 _PANEL = frozenset("person company city country team brand product software school animal".split())
 
 
-def _panel(domain: Domain, specs: list[ColumnSpec], rng: Random) -> bool:
+@dataclass(frozen=True)
+class _Series:
+    """A table with one row a day, month or year, which has no other name."""
+
+    spec: ColumnSpec
+    one: str
+
+    def values(self, count: int, rng: Random) -> list[Any]:
+        if self.one == "year":
+            first = rng.randint(1900, 2020 - count)
+            return list(range(first, first + count))
+        first_day = dt.date(rng.randint(1995, 2022), rng.randint(1, 12), 1)
+        if self.one == "day":
+            days = [first_day + dt.timedelta(days=i) for i in range(count)]
+        else:
+            days = [dt.date(first_day.year + (first_day.month - 1 + i) // 12, (first_day.month - 1 + i) % 12 + 1, 1)
+                    for i in range(count)]  # fmt: skip
+        return list(days) if rng.random() < 0.5 else [d.isoformat() for d in days]
+
+
+def _series(specs: list[ColumnSpec], rng: Random) -> _Series | None:
+    """Drop what names the rows, so that only their time does. None if there is no time, or too little else."""
+    times = [s for s in specs if s.kind in ("date", "year")]
+    if not times or sum(s.kind == "num" for s in specs) < 2:
+        return None
+    time = times[0]
+    specs[:] = [s for s in specs if s.kind != "key" and (s is time or s not in times)]
+    names, say = (("date", "Date", "day", "obs_date"), ("date", "day"))
+    if time.kind == "year":
+        names, say = (("year", "Year", "yr"), ("year",))
+    plain = replace(time, verb=(), hi=(), lo=(), more=(), less=(), ask=(), say=say, names=names)
+    specs[specs.index(time)] = plain
+    return _Series(plain, "year" if time.kind == "year" else rng.choice(("day", "day", "day", "month")))
+
+
+def _panel(domain: Domain, specs: list[ColumnSpec], rng: Random) -> ColumnSpec | None:
     """Turn the key into a column whose names repeat, as in a table of countries by year."""
     keys = [i for i, s in enumerate(specs) if s.kind == "key" and s == _first_key(domain)]
     if not keys or not any(s.kind in ("date", "year") for s in specs):
-        return False
+        return None
     key = specs[keys[0]]
     if not key.values and key.pool not in _PANEL:
-        return False
+        return None
     names = rng.sample(key.values, min(len(key.values), 9)) if key.values else draw(key.pool, rng.randint(4, 9), rng)
     own = tuple(pair[0] for pair in domain.entity)
     specs[keys[0]] = replace(
@@ -348,7 +398,7 @@ def _panel(domain: Domain, specs: list[ColumnSpec], rng: Random) -> bool:
         say=tuple(dict.fromkeys((*own, *own, *key.say))),
         prepositions=("of", "for", "for"),
     )
-    return True
+    return specs[keys[0]]
 
 
 def _first_key(domain: Domain) -> ColumnSpec | None:

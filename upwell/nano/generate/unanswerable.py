@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from upwell.nano.generate.lexicon import Domain, keywords, plural, words
+from upwell.nano.generate.lexicon import ColumnSpec, Domain, keywords, plural, words
 from upwell.nano.generate.names import Unsayable
 from upwell.nano.generate.phrases import Phrases
 from upwell.nano.generate.tables import Table, related
@@ -62,8 +62,29 @@ _FULL_MISSING = (
 )  # fmt: skip
 
 
+# Orders about what the table names. {v}: a row's name or a cell, {one}, {e}: the rows' noun.
+_ORDERS = """email {v}|call {v}|call {v} for me|send {v} a reminder|reply to {v}|write to {v}|close all the {v} {e}|cancel the {v} {e}|cancel {v}|refund {v}|book me a {one} in {v}|
+book a trip to {v}|order more {v}|buy {v}|buy me {v}|mark {v} as done|assign {v} to me|promote {v}|fire {v}|hire someone like {v}|delete {v}|archive the {v} {e}|rename {v}|edit {v}|
+schedule a meeting with {v}|remind me about {v}|tell {v} to hurry up|print a label for {v}|show me a picture of {v}|play {v}|take me to {v}|navigate to {v}|translate {v}|how do you pronounce {v}|
+write a poem about {v}|tell me a story about {v}|why is {v} so popular|is {v} any good|what do people think of {v}|should i choose {v}|do you like {v}|add {v} to my favourites|
+reopen {v}|approve {v}|pay {v}|move {v} to the end|set {v} to zero|what will happen to {v} next year|should we drop {v}""".replace("\n", "").split("|")
+
+
+def _named(p: Phrases, table: Table, rng: Random) -> str:
+    """The name of a row, or a cell that many rows share, as a question would mention it."""
+    names = [i for i in (table.label,) if i is not None and table.columns[i].kind in ("key", "cat")]
+    cats = [i for i in table.of_kind("cat") if table.columns[i].say and not table.columns[i].coded]
+    pool = names if names and (not cats or rng.random() < 0.7) else cats
+    if not pool or not table.columns[pool[0]].present():
+        raise Unsayable("name")
+    return p.cased(str(rng.choice(table.columns[rng.choice(pool)].present())))
+
+
 def notdata(phrases: Phrases, rng: Random) -> str:
-    line = rng.choice(_NOTDATA).strip()
+    if rng.random() < 0.22:
+        line = rng.choice(_ORDERS).replace("{v}", _named(phrases, phrases.table, rng))
+    else:
+        line = rng.choice(_NOTDATA).strip()
     if "{m}" in line:
         numbers = phrases.table.of_kind("num")
         line = line.replace("{m}", phrases.column(rng.choice(numbers), raw=False))
@@ -83,13 +104,7 @@ def _absent(table: Table, domains: Sequence[Domain], rng: Random) -> str | None:
     else:
         other = rng.choice(domains)
         options = list(rng.choice(other.columns).say) + list(other.missing)
-    vocabulary = table.vocabulary
-    if any(c.opaque for c in table.columns):
-        seen = [c for c in table.columns if not c.opaque]
-        vocabulary = frozenset(
-            w for c in seen for p in (*c.spec.say, *c.spec.names, *c.hi, *c.lo, c.header_words)
-            for w in keywords(" ".join(words(p)))
-        )  # fmt: skip
+    vocabulary = _known(table)
     fit = [
         o for o in options
         if not related(o, vocabulary) and len(o.split()) <= 5
@@ -99,11 +114,68 @@ def _absent(table: Table, domains: Sequence[Domain], rng: Random) -> str | None:
     return rng.choice(fit) if fit else None
 
 
+def _known(table: Table) -> frozenset[str]:
+    """The words that some column's own meaning covers."""
+    vocabulary = table.vocabulary
+    if any(c.opaque for c in table.columns):
+        seen = [c for c in table.columns if not c.opaque]
+        vocabulary = frozenset(
+            w for c in seen for p in (*c.spec.say, *c.spec.names, *c.hi, *c.lo, c.header_words)
+            for w in keywords(" ".join(words(p)))
+        )  # fmt: skip
+    return vocabulary
+
+
+def _missing_asked(p: Phrases, table: Table, domains: Sequence[Domain], rng: Random) -> str:
+    """Asks for a column that isn't there in that column's own words: its question, verb, superlative, number."""
+    pool = list(table.left_out) if table.left_out and rng.random() < 0.75 else list(rng.choice(domains).columns)
+    vocabulary = _known(table)
+    spec: ColumnSpec = rng.choice(pool)
+    if any(related(s, vocabulary) for s in (*spec.say, *(" ".join(words(n)) for n in spec.names))):
+        raise Unsayable("known")
+    v, e, one = _named(p, table, rng), p.entity(), p.entity(False)
+    says = [s for s in spec.say if s.split()[0] not in ("how", "where", "when", "what", "who", "which", "whether")]
+    said = rng.choice(says) if says else ""
+    who = p.who() if p.person else "which"
+    forms: list[str] = []
+    for ask in spec.ask:
+        text = f" {ask} "
+        if text.count(" they ") + text.count(" it ") == 1:
+            for many, single in ((" do they ", " does they "), (" are they ", " is they "), (" have they ", " has they "), (" were they ", " was they ")):
+                text = text.replace(many, single)
+            forms += [text.replace(" they ", f" {v} ").replace(" it ", f" {v} ").strip()] * 3
+    for word in (*spec.hi, *spec.lo):
+        if not related(word, vocabulary):
+            forms += [f"which {one} is the {word}", f"{word} {one}", f"what is the {word} {one}", f"top 5 {word} {e}", f"the {word} {e}", f"{who} is the {word}"]
+    for verb in spec.verb:
+        if spec.kind == "date" and not related(verb, vocabulary) and len(verb.split()) == 1:
+            forms += [f"when was {v} {verb}", f"when was {v} {verb}", f"{e} {verb} in {rng.randint(2005, 2024)}", f"how many {e} were {verb} in {rng.randint(2005, 2024)}", f"who {verb} {v}", f"{verb} date of {v}"]
+    for more in (*spec.more, *spec.less):
+        if not related(more, vocabulary):
+            forms += [f"{e} that {more} {rng.choice((3, 5, 10, 50, 100, 500))}", f"which {e} {more} {rng.choice((3, 5, 10, 50, 100, 500))}"]
+    for way in (*spec.yes, *spec.no):
+        if len(way.split()) == 1 and not related(way, vocabulary):
+            forms += [f"how many {e} are {way}", f"{way} {e}", f"is {v} {way}", f"list the {way} {e}", f"percentage of {way} {e}"]
+    if said and spec.kind == "num":
+        if spec.integer:
+            many = plural(said)
+            forms += [f"how many {many} does {v} have", f"how many {many} {rng.choice(('are in', 'are there in', 'are at', 'did', 'were in'))} {v}", f"number of {many} {rng.choice(('at', 'in', 'of', 'for'))} {v}", f"{e} with more than {rng.randint(2, 90)} {many}", f"{v} number of {many}"]
+        forms += [f"how much {said} {rng.choice(('does', 'did'))} {v} have", f"how much {said} was there in {v}", f"{v} {said}", f"what was the {said} for {v}", f"{said} {rng.choice(('in', 'at', 'of', 'for'))} {v} in {rng.randint(1990, 2024)}", f"what's {v}'s {said}", f"what was {v}'s {said} in {rng.randint(1990, 2024)}"]
+    elif said:
+        forms += [f"what is the {said} of {v}", f"which {said} does {v} have", f"which {said} is {v} {rng.choice(('in', 'from', 'with'))}", f"{said} for {v}", f"which {said} has the most {e}", f"{e} by {said}", f"{said} with the most {e}", f"how many {plural(said)} are there", f"what's {v}'s {said}", f"what {said} is {v}"]
+    if not forms:
+        raise Unsayable("no words")
+    return rng.choice(forms)
+
+
 def missing(wording: Wording, domains: Sequence[Domain], rng: Random) -> str:
     """Asks for a thing, or for a value, that the table has not. Raises Unsayable if none comes up."""
     p, table = wording.p, wording.p.table
-    if rng.random() < 0.17:
+    roll = rng.random()
+    if roll < 0.14:
         return _missing_value(p, table, domains, rng)
+    if roll < 0.52:
+        return _missing_asked(p, table, domains, rng)
     x = next((found for _ in range(5) if (found := _absent(table, domains, rng))), None)
     if x is None:
         raise Unsayable("missing")
@@ -116,9 +188,7 @@ def missing(wording: Wording, domains: Sequence[Domain], rng: Random) -> str:
         d = p.column(rng.choice(cats), raw=False)
         ds = plural(d)
     if "{v}" in template:
-        if table.key is None or not table.columns[table.key].present():
-            raise Unsayable("key")
-        v = p.cased(str(rng.choice(table.columns[table.key].present())))
+        v = _named(p, table, rng)
     return template.format(x=x, xs=plural(x), d=d, ds=ds, v=v, e=p.entity(), one=p.entity(False))
 
 
@@ -162,6 +232,12 @@ def ambiguous(wording: Wording, rng: Random) -> tuple[str, tuple[int, int]]:
                         if not any(keywords(phrase) <= keywords(s) for c in others for s in (*c.spec.say, c.header_words)):
                             found.append((pair[0], pair[1], phrase))
     found += _shared_words(table)
+    extremes = _shared_extremes(table)
+    if extremes and (not found or rng.random() < 0.3):
+        first, second, word = rng.choice(extremes)
+        one, e = p.entity(False), p.entity()
+        who = "who" if p.person else "what"
+        return rng.choice((f"which {one} is the {word}", f"{word} {one}", f"the {word} {one}", f"{who} is the {word} {one}", f"top 5 {word} {e}", f"{word} {e}", f"name the {word} {one}", f"which {e} are the {word}")), (first, second)
     if not found:
         raise Unsayable("ambiguous")
     first, second, phrase = rng.choice(found)
@@ -194,6 +270,16 @@ def _meant(table: Table, says: Sequence[str]) -> int | None:
         if not column.opaque and set(says) & set(column.spec.say):
             return i
     return None
+
+
+def _shared_extremes(table: Table) -> list[tuple[int, int, str]]:
+    """Pairs of columns that one superlative ("most expensive") fits equally."""
+    by_word: dict[str, list[int]] = {}
+    for i, column in enumerate(table.columns):
+        for word in () if column.opaque else (*column.spec.hi, *column.spec.lo):
+            by_word.setdefault(word, []).append(i)
+    return [(pair[0], pair[1], word) for word, pair in by_word.items()
+            if len(pair) == 2 and " to " not in word and all(table.columns[i].kind == "num" for i in pair)]  # fmt: skip
 
 
 def _shared_words(table: Table) -> list[tuple[int, int, str]]:

@@ -13,5 +13,7 @@ class Wording(ScalarSentences, RowSentences, GroupSentences):
 
     def sentence(self, intent: Intent) -> str:
         """Raises Unsayable when no wording fits."""
+        table = self.p.table
+        self.p.by_label = table.key is None and bool(intent.show) and intent.show[0] == table.label
         made = getattr(self, f"_{intent.form}")(intent)
         return " ".join(str(made).split())

@@ -1,0 +1,174 @@
+// A layer cut by tokens: a thread takes a block of tokens through all dense products up to the next point where tokens
+// meet (the window, the entries, the experts), so activations stay in its cache and weights stream from the shared one.
+// Serves many tokens where a layer's dense weights fit that cache: prefill of small models.
+
+constexpr int64_t kBlock = 48;        // tokens of a block, at most
+constexpr int64_t kExpertRows = 96;   // an expert's tokens at a time
+constexpr int64_t kSkew = 16;         // floats that keep rows of 4 KiB from meeting in one set of the L1 cache
+
+struct OwnBuffers {  // of one thread, for a block
+  float *z, *x, *q, *iq, *attended, *latent, *y, *scores, *gathered, *hidden, *up;
+};
+
+static bool by_tokens(const Model& m, int64_t tokens, int threads) { return m.by_tokens && tokens >= 24 * threads; }
+
+static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, char* base, int thread, int threads,
+                              Buffers& b, OwnBuffers& o) {
+  Bump at{base};
+  take_shared(at, b, m, tokens, entries, threads);
+  const int64_t shared = at.used, h = m.streams, inter = max64(m.inter, m.shared_inter);
+  Bump own{base + shared};
+  for (int i = 0; i <= thread; ++i) {
+    take_own(own, b, m, entries);
+    own.take(b.tile, max64(m.index_dim, h * m.hidden) * kTile);
+    own.take(b.rows_buffer, 4 * h * m.hidden);
+    own.take(o.z, kBlock * (2 + h) * h);
+    own.take(o.x, kBlock * m.hidden);
+    own.take(o.q, kBlock * (m.heads * m.dim + kSkew));
+    own.take(o.iq, kBlock * m.index_heads * m.index_dim);
+    own.take(o.attended, kBlock * (m.heads * m.dim + kSkew));
+    own.take(o.latent, kBlock * m.groups * m.o_rank);
+    own.take(o.y, kBlock * m.hidden);
+    own.take(o.scores, kBlock * m.experts);
+    own.take(o.gathered, kExpertRows * m.hidden);
+    own.take(o.hidden, kExpertRows * inter);
+    own.take(o.up, kExpertRows * inter);
+  }
+  return shared + own.used / (thread + 1) * threads;
+}
+
+struct ByTokens : LayerPass {
+  OwnBuffers& o;
+
+  // f(first token, count) for even blocks, as many for each thread.
+  template <class F>
+  void blocks(F f) {
+    const int64_t n = w.team.size, count = ((T + kBlock - 1) / kBlock + n - 1) / n * n;
+    w.units(count, [&](int64_t u) {
+      const int64_t t0 = T * u / count, t1 = T * (u + 1) / count;
+      if (t0 < t1) f(t0, t1 - t0);
+    });
+  }
+
+  void multiply(const Job& job) {
+    for (int64_t first = 0; first < job.m.rows; first += kTile)
+      run_job(job, first, int(min64(job.m.rows - first, kTile)), 0, job.t, b.tile, b.rows_buffer);
+  }
+
+  // x [n, hidden]: the sublayer's normed input of tokens [t0, t0 + n); their weights to leave by.
+  void enter(const Mix& mix, const float* norm, int64_t t0, int64_t n, float* x) {
+    const int64_t h = m.streams, zs = (2 + h) * h;
+    multiply({mix.fn, stream(t0), h * m.hidden, n, o.z, zs});
+    for (int64_t i = 0; i < n; i += kLanes)
+      mix_any(m, mix, stream(t0 + i), o.z + i * zs, int(min64(n - i, kLanes)), false, norm, b.post + (t0 + i) * h,
+              b.comb + (t0 + i) * h * h, x + i * m.hidden);
+  }
+
+  void before_attention(const Layer& l, int64_t t0, int64_t n) {
+    enter(l.mix_attn, l.attn_norm, t0, n, o.x);
+    Job jobs[7];
+    const int count = inputs(l, o.x, t0, n, jobs);
+    for (int i = 0; i < count; ++i) multiply(jobs[i]);
+    for (int64_t t = t0; t < t0 + n; ++t) norm_inputs(l, t);
+  }
+
+  void choose(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
+    const int64_t width = m.index_heads * m.index_dim;
+    for (int64_t i = 0, count; i < n; i += count) {
+      const Sequence& s = sequence(t0 + i);
+      count = min64(min64(n - i, kIndexRows), s.row + s.length - t0 - i);
+      const int64_t entries = visible(l, t0 + i + count - 1);
+      if (entries <= m.index_topk) continue;
+      const int64_t stride = score_row(entries);
+      float* scores = b.index_scores + w.id * kIndexRows * stride;
+      turn_index_queries(t0 + i, count, o.iq + i * width);
+      score_entries(l, c, t0 + i, count, o.iq + i * width, 0, entries, scores, stride);
+      select_entries(l, t0 + i, count, scores, stride);
+    }
+  }
+
+  void attend(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
+    const int64_t row = m.heads * m.dim + kSkew;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t rows = rows_of_query(l, c, t0 + i);
+      for (int64_t head = 0; head < m.heads; head += kLanes)
+        attend_query(o.q + i * row + head * m.dim, int(min64(m.heads - head, kLanes)), m.dim, float(m.norm_eps),
+                     turn(l, t0 + i), m.rope, l.sink + head, b.pointers, rows, b.qt, b.probs,
+                     o.attended + i * row + head * m.dim);
+    }
+  }
+
+  void from_attention(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
+    const int64_t row = m.heads * m.dim + kSkew, latent = m.groups * m.o_rank, width = m.heads * m.dim / m.groups;
+    multiply({l.wq_b, b.qa + t0 * m.q_rank, m.q_rank, n, o.q, row});
+    int64_t most = 0;  // a block may hold the end of one sequence and the start of another
+    for (int64_t t = t0; t < t0 + n; ++t) most = max64(most, visible(l, t));
+    if (l.has_index && most > m.index_topk) {
+      const int64_t iq = m.index_heads * m.index_dim;
+      multiply({l.index_wq_b, b.qa + t0 * m.q_rank, m.q_rank, n, o.iq, iq});
+      choose(l, c, t0, n);
+    }
+    attend(l, c, t0, n);
+    for (int64_t g = 0; g < m.groups; ++g)
+      multiply({rows_of(l.wo_a, g * m.o_rank, m.o_rank), o.attended + g * width, row, n, o.latent + g * m.o_rank, latent});
+    multiply({l.wo_b, o.latent, latent, n, o.y, m.hidden});
+    for (int64_t i = 0; i < n; ++i) leave(t0 + i, o.y + i * m.hidden);
+    enter(l.mix_ffn, l.ffn_norm, t0, n, b.x + t0 * m.hidden);
+    multiply({l.gate, b.x + t0 * m.hidden, m.hidden, n, o.scores, m.experts});
+    for (int64_t i = 0; i < n; ++i) route_token(l, t0 + i, o.scores + i * m.experts);
+  }
+
+  // SwiGLU of n rows x through expert e (the shared one follows the routed ones).
+  void expert(const Layer& l, int64_t e, const float* x, int64_t n, float* out) {
+    const int64_t inter = e == m.experts ? m.shared_inter : m.inter;
+    multiply({l.experts[3 * e], x, m.hidden, n, o.hidden, inter});
+    multiply({l.experts[3 * e + 1], x, m.hidden, n, o.up, inter});
+    swiglu(o.hidden, o.up, n * inter);
+    multiply({l.experts[3 * e + 2], o.hidden, inter, n, out, m.hidden});
+  }
+
+  void experts(const Layer& l) {
+    const int64_t k = m.experts_per_token;
+    w.units(m.experts, [&](int64_t e) {
+      const int32_t end = b.group_start[e + 1];
+      for (int32_t r0 = b.group_start[e]; r0 < end; r0 += kExpertRows) {
+        const int64_t n = min64(end - r0, kExpertRows);
+        for (int64_t i = 0; i < n; ++i)
+          __builtin_memcpy(o.gathered + i * m.hidden, b.x + b.pair_of[r0 + i] / k * m.hidden,
+                           sizeof(float) * size_t(m.hidden));
+        expert(l, e, o.gathered, n, b.expert_out + r0 * m.hidden);
+      }
+    });
+    blocks([&](int64_t t0, int64_t n) {
+      expert(l, m.experts, b.x + t0 * m.hidden, n, b.shared_out + t0 * m.hidden);
+    });
+  }
+
+  void run() {
+    start();
+    for (int64_t i = 0; i < call.layer_count; ++i) {
+      const Layer& l = call.layers[i];
+      const LayerCache& c = call.caches[i];
+      if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * m.index_topk;
+      blocks([&](int64_t t0, int64_t n) {
+        for (int64_t t = t0; t < t0 + n && i > 0; ++t) leave_experts(t, o.y);
+        before_attention(l, t0, n);
+      });
+      w.barrier();
+      if (l.ratio) {
+        pool(l, c);
+        w.barrier();
+      }
+      blocks([&](int64_t t0, int64_t n) { from_attention(l, c, t0, n); });
+      w.barrier();
+      if (w.id == 0) group_pairs();
+      w.barrier();
+      experts(l);
+      keep(l, c);
+      w.barrier();
+    }
+    blocks([&](int64_t t0, int64_t n) {
+      for (int64_t t = t0; t < t0 + n; ++t) leave_experts(t, o.y);
+    });
+  }
+};

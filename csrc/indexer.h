@@ -1,0 +1,90 @@
+// The indexer: scores of entries, and the exact choice of the best.
+
+// Keys [n rows, c] at `rows`, n <= kTile, into tile [c, kTile]; missing rows repeat the last.
+static void key_tile(const float* const* rows, int n, int64_t c, float* tile) {
+  for (int half = 0; half < kTile; half += kLanes)
+    for (int64_t k = 0; k < c; k += kLanes) {
+      Vec a[kLanes];
+      for (int i = 0; i < kLanes; ++i) a[i] = load_at(rows[half + i < n ? half + i : n - 1], k, c);
+      transpose(a);
+      for (int i = 0; i < kLanes && k + i < c; ++i) store(tile + (k + i) * kTile + half, a[i]);
+    }
+}
+
+// s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
+INLINE void index_tile(const float* q, const float* w, int64_t heads, int64_t c, const float* tile, float* out) {
+  Vec s0{}, s1{};
+  for (int64_t h = 0; h < heads; h += 4) {
+    const int count = heads - h < 4 ? int(heads - h) : 4;
+    Vec a0[4] = {}, a1[4] = {};
+    const float* rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = q + (h + (i < count ? i : 0)) * c;
+    for (int64_t k = 0; k < c; ++k) {
+      const Vec b0 = load(tile + k * kTile), b1 = load(tile + k * kTile + kLanes);
+      for (int i = 0; i < 4; ++i) {
+        const Vec v = splat(rows[i][k]);
+        a0[i] += v * b0;
+        a1[i] += v * b1;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      s0 += select(a0[i] < 0.0f, zero(), a0[i]) * w[h + i];
+      s1 += select(a1[i] < 0.0f, zero(), a1[i]) * w[h + i];
+    }
+  }
+  store(out, s0);
+  store(out + kLanes, s1);
+}
+
+INLINE int32_t ordered(float x) {  // FP32 order as signed-integer order, -0 equal to 0
+  x += 0.0f;
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+INLINE int64_t rank_key(float score, int64_t index) {  // larger is better; of equals the lower index
+  return (int64_t(ordered(score)) << 32) | (0x7fffffff - index);
+}
+
+INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
+
+// Indices of the k best of scores [n], k < n, ascending. The scores' place, padded to whole vectors, is overwritten.
+// The k-th best is found by halving the range of values: no branch depends on the data.
+static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
+  auto* keys = reinterpret_cast<int32_t*>(scores);
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = n; i < padded; ++i) scores[i] = -__builtin_inff();
+  VecI low = VecI{} + INT32_MAX, high = VecI{} + INT32_MIN;
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const VecI bits = reinterpret_cast<VecI>(load(scores + i) + 0.0f), key = bits ^ ((bits >> 31) & 0x7fffffff);
+    store(scores + i, reinterpret_cast<Vec>(key));
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+  for (int64_t i = n; i < padded; ++i) keys[i] = INT32_MIN;
+  int64_t below = INT32_MAX, top = INT32_MIN;
+  for (int i = 0; i < kLanes; ++i) below = low[i] < below ? low[i] : below, top = high[i] > top ? high[i] : top;
+  --below;
+  // More than k are above `below`, fewer than k above `top`, until exactly k are, or only equals are left between.
+  int64_t above_top = 0;
+  while (top - below > 1) {
+    const int64_t middle = below + (top - below) / 2;
+    const VecI bound = VecI{} + int32_t(middle);
+    VecI count{};
+    for (int64_t i = 0; i < padded; i += kLanes) count -= load_ints(keys + i) > bound;
+    int64_t above = 0;
+    for (int i = 0; i < kLanes; ++i) above += count[i];
+    if (above > k) below = middle;
+    else top = middle, above_top = above;
+    if (above == k) break;
+  }
+  int64_t equals = k - above_top;  // how many of those equal to `top` are taken, the first ones
+  const VecI bound = VecI{} + int32_t(top);
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const VecI key = load_ints(keys + i);
+    unsigned more = lane_bits(key > bound);
+    for (unsigned same = equals > 0 ? lane_bits(key == bound) : 0; same != 0 && equals > 0; same &= same - 1, --equals)
+      more |= same & -same;
+    for (; more != 0; more &= more - 1) *picks++ = int32_t(i + __builtin_ctz(more));
+  }
+}

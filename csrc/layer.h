@@ -1,0 +1,284 @@
+// The parts of a layer that don't depend on how its work is cut among threads.
+
+struct RowsOfPool {  // where entry e of a sequence lies in a pool of blocks
+  const int64_t* table;
+  int64_t per_block;
+  int shift;  // per_block = 1 << shift, or shift < 0
+
+  RowsOfPool(const int64_t* table, int64_t per_block)
+      : table(table), per_block(per_block), shift(per_block & (per_block - 1) ? -1 : __builtin_ctzll(uint64_t(per_block))) {}
+  int64_t operator()(int64_t e) const {
+    if (shift >= 0) return (table[e >> shift] << shift) + (e & (per_block - 1));
+    return table[e / per_block] * per_block + e % per_block;
+  }
+};
+
+struct LayerPass {
+  Worker& w;
+  const Call& call;
+  const Model& m;
+  Buffers& b;
+  int64_t T;
+
+  float* stream(int64_t t) { return call.streams + t * m.streams * m.hidden; }
+  const Sequence& sequence(int64_t t) { return call.sequences[b.sequence_of[t]]; }
+  int64_t position(int64_t t) { return sequence(t).start + t - sequence(t).row; }
+  int64_t visible(const Layer& l, int64_t t) { return l.ratio ? (position(t) + 1) / l.ratio : 0; }
+  const float* turn(const Layer& l, int64_t t) { return b.turn[l.ratio != 0] + t * 2 * m.rope; }
+
+  void start() {
+    if (w.id == 0)
+      for (int64_t s = 0; s < call.sequence_count; ++s)
+        for (int64_t i = 0; i < call.sequences[s].length; ++i) b.sequence_of[call.sequences[s].row + i] = int32_t(s);
+    w.barrier();
+    w.units(T, [&](int64_t t) {
+      for (int kind = 0; kind < 2; ++kind)
+        angles(position(t), kind ? m.compress_freqs : m.freqs, b.turn[kind] + t * 2 * m.rope);
+    });
+    w.barrier();
+  }
+  void angles(int64_t position, const float* freqs, float* turn) {
+    for (int64_t i = 0; i < m.rope / 2; ++i) {
+      const float angle = float(position) * freqs[i];
+      turn[2 * i] = turn[2 * i + 1] = std::cos(angle);
+      turn[m.rope + 2 * i + 1] = std::sin(angle);
+      turn[m.rope + 2 * i] = -turn[m.rope + 2 * i + 1];
+    }
+  }
+
+  // The projections of a layer's input, all at once.
+  int inputs(const Layer& l, const float* x, int64_t t0, int64_t t, Job* jobs) {
+    const Compressor &main = l.compressor, &index = l.index_compressor;
+    int n = 0;
+    auto add = [&](const Matrix& a, float* out, int64_t width) {
+      jobs[n++] = {a, x, m.hidden, t, out + t0 * width, width};
+    };
+    add(l.wq_a, b.qa, m.q_rank);
+    add(l.wkv, b.kv, m.dim);
+    if (l.ratio) add(main.wkv, b.ckv, main.width), add(main.wgate, b.cgate, main.width);
+    if (l.has_index) {
+      add(index.wkv, b.ikv, index.width);
+      add(index.wgate, b.igate, index.width);
+      add(l.index_weights, b.iweights, m.index_heads);
+    }
+    return n;
+  }
+
+  // f(token), each thread its own share of the tokens: what it wrote in one phase is in its cache in the next.
+  template <class F>
+  void tokens(F f) {
+    for (int64_t t = T * w.id / w.team.size; t < T * (w.id + 1) / w.team.size; ++t) f(t);
+  }
+
+  // What follows the projections of one token: norms, the latent's rotation, the gates' position bias.
+  void norm_inputs(const Layer& l, int64_t t) {
+    float *qa = b.qa + t * m.q_rank, *kv = b.kv + t * m.dim;
+    rms_norm(qa, qa, l.q_norm, m.q_rank, float(m.norm_eps));
+    rms_norm(kv, kv, l.kv_norm, m.dim, float(m.norm_eps));
+    rotate(kv + m.dim - m.rope, turn(l, t), m.rope, 1.0f);
+    if (l.ratio) compress_gate(l.compressor, b.cgate, t);
+    if (!l.has_index) return;
+    compress_gate(l.index_compressor, b.igate, t);
+    const float scale = 1.0f / std::sqrt(float(m.index_dim) * float(m.index_heads));
+    float* weights = b.iweights + t * m.index_heads;
+    map(weights, weights, m.index_heads, [&](Vec v, int64_t) { return v * scale; });
+  }
+
+  void compress_gate(const Compressor& c, float* gate, int64_t t) {
+    const float* ape = c.ape + position(t) % c.ratio * c.width;
+    map(gate + t * c.width, gate + t * c.width, c.width, [&](Vec v, int64_t i) { return v + load_at(ape, i, c.width); });
+  }
+
+  // One entry of a sequence, from this call's tokens and the tail's, written to its row of the pool.
+  void pool_entry(const Compressor& c, const Sequence& s, int64_t entry, const float* kv, const float* gate,
+                  const float* tail_kv, const float* tail_gate, int64_t ring, float* pool) {
+    float* out = pool + RowsOfPool(s.table, call.block_tokens / c.ratio)(entry) * c.dim;
+    const bool overlap = c.width == 2 * c.dim;
+    const int64_t first = overlap && entry > 0 ? (entry - 1) * c.ratio : entry * c.ratio, end = (entry + 1) * c.ratio;
+    auto row = [&](const float* fresh, const float* tail, int64_t j) {
+      const int64_t half = overlap && j >= entry * c.ratio ? c.dim : 0;
+      return (j >= s.start ? fresh + (s.row + j - s.start) * c.width : tail + (s.slot * ring + j % ring) * c.width) + half;
+    };
+    for (int64_t i = 0; i < c.dim; i += kLanes) {
+      Vec best = splat(-__builtin_inff()), total{}, sum{};
+      for (int64_t j = first; j < end; ++j) {
+        const Vec g = load_at(row(gate, tail_gate, j), i, c.dim);
+        best = select(g > best, g, best);
+      }
+      for (int64_t j = first; j < end; ++j) {
+        const Vec p = exp_vec(load_at(row(gate, tail_gate, j), i, c.dim) - best);
+        total += p;
+        sum += p * load_at(row(kv, tail_kv, j), i, c.dim);
+      }
+      const Vec v = sum / total;
+      if (i + kLanes <= c.dim) store(out + i, v);
+      else store_part(out + i, v, int(c.dim - i));
+    }
+    rms_norm(out, out, c.norm, c.dim, float(m.norm_eps));
+    float at[1024];
+    angles(entry * c.ratio, m.compress_freqs, at);
+    rotate(out + c.dim - m.rope, at, m.rope, 1.0f);
+  }
+
+  void pool_all(const Compressor& c, const float* kv, const float* gate, const float* tail_kv, const float* tail_gate,
+                int64_t ring, float* pool) {
+    int64_t total = 0;
+    for (int64_t s = 0; s < call.sequence_count; ++s) {
+      const Sequence& q = call.sequences[s];
+      total += (q.start + q.length) / c.ratio - q.start / c.ratio;
+    }
+    w.units(total, [&](int64_t u) {
+      const Sequence* s = call.sequences;
+      for (;; ++s) {
+        const int64_t own = (s->start + s->length) / c.ratio - s->start / c.ratio;
+        if (u < own) break;
+        u -= own;
+      }
+      pool_entry(c, *s, s->start / c.ratio + u, kv, gate, tail_kv, tail_gate, ring, pool);
+    });
+  }
+  void pool(const Layer& l, const LayerCache& c) {
+    if (l.ratio) pool_all(l.compressor, b.ckv, b.cgate, c.tail_kv, c.tail_gate, c.tail_ring, c.entries);
+    if (l.has_index)
+      pool_all(l.index_compressor, b.ikv, b.igate, c.index_tail_kv, c.index_tail_gate, c.index_tail_ring, c.index_keys);
+  }
+
+  void keep_tail(const Compressor& c, const Sequence& s, const float* kv, const float* gate, float* tail_kv,
+                 float* tail_gate, int64_t ring) {
+    for (int64_t j = max64(s.start, s.start + s.length - ring); j < s.start + s.length; ++j) {
+      const int64_t from = (s.row + j - s.start) * c.width, to = (s.slot * ring + j % ring) * c.width;
+      __builtin_memcpy(tail_kv + to, kv + from, sizeof(float) * size_t(c.width));
+      __builtin_memcpy(tail_gate + to, gate + from, sizeof(float) * size_t(c.width));
+    }
+  }
+  // The window's ring and the tails, once no one reads their old rows any more.
+  void keep(const Layer& l, const LayerCache& c) {
+    w.units(call.sequence_count, [&](int64_t i) {
+      const Sequence& s = call.sequences[i];
+      for (int64_t j = max64(s.start, s.start + s.length - m.window); j < s.start + s.length; ++j)
+        __builtin_memcpy(c.window + (s.slot * m.window + j % m.window) * m.dim, b.kv + (s.row + j - s.start) * m.dim,
+                         sizeof(float) * size_t(m.dim));
+      if (l.ratio) keep_tail(l.compressor, s, b.ckv, b.cgate, c.tail_kv, c.tail_gate, c.tail_ring);
+      if (l.has_index)
+        keep_tail(l.index_compressor, s, b.ikv, b.igate, c.index_tail_kv, c.index_tail_gate, c.index_tail_ring);
+    });
+  }
+
+  // Scores of the sequence's entries [e0, e1) for its `count` <= kIndexRows queries from token t0 on, iq [count, n, c]
+  // turned already. scores: one row of `stride` a query. e0 is a multiple of kTile.
+  void score_entries(const Layer& l, const LayerCache& c, int64_t t0, int64_t count, const float* iq, int64_t e0,
+                     int64_t e1, float* scores, int64_t stride) {
+    const int64_t n = m.index_heads, dim = m.index_dim;
+    const RowsOfPool row(sequence(t0).table, call.block_tokens / l.ratio);
+    for (int64_t e = e0; e < e1; e += kTile) {
+      const int keys = int(min64(e1 - e, kTile));
+      for (int r = 0; r < keys; ++r) {
+        b.pointers[r] = c.index_keys + row(e + r) * dim;
+        for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(b.pointers[r] + k);
+      }
+      key_tile(b.pointers, keys, dim, b.tile);
+      for (int64_t i = 0; i < count; ++i)
+        index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * stride + e);
+    }
+  }
+  void turn_index_queries(int64_t t0, int64_t count, float* iq) {
+    for (int64_t i = 0; i < count * m.index_heads; ++i)
+      rotate(iq + (i + 1) * m.index_dim - m.rope, b.turn[1] + (t0 + i / m.index_heads) * 2 * m.rope, m.rope, 1.0f);
+  }
+  void select_entries(const Layer& l, int64_t t0, int64_t count, float* scores, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i)
+      if (visible(l, t0 + i) > m.index_topk)
+        select_best(scores + i * stride, visible(l, t0 + i), m.index_topk, b.picks + (t0 + i) * m.index_topk);
+  }
+
+  // b.pointers: the rows that token t reads; returns how many.
+  int64_t rows_of_query(const Layer& l, const LayerCache& c, int64_t t) {
+    const Sequence& s = sequence(t);
+    const int64_t p = position(t), seen = visible(l, t);
+    const float** at = b.pointers;
+    const float* ring = c.window + s.slot * m.window * m.dim;
+    int64_t j = max64(0, p - m.window + 1);
+    for (int64_t i = j % m.window; j < min64(s.start, p + 1); ++j, i = i + 1 == m.window ? 0 : i + 1)
+      *at++ = ring + i * m.dim;
+    for (const float* row = b.kv + (s.row + j - s.start) * m.dim; j <= p; ++j, row += m.dim) *at++ = row;
+    if (seen == 0) return at - b.pointers;
+    const RowsOfPool row(s.table, call.block_tokens / l.ratio);
+    if (l.has_index && seen > m.index_topk) {
+      const int32_t* picks = b.picks + t * m.index_topk;
+      for (int64_t i = 0; i < m.index_topk; ++i) *at++ = c.entries + row(picks[i]) * m.dim;
+    } else {
+      for (int64_t e = 0; e < seen; ++e) *at++ = c.entries + row(e) * m.dim;
+    }
+    return at - b.pointers;
+  }
+
+  static Matrix rows_of(const Matrix& a, int64_t first, int64_t rows) {
+    int64_t bytes = a.format == kBF16 ? 2 * a.cols : a.format == kFP8 ? a.cols : a.format == kFP4 ? a.cols / 2 : 4 * a.cols;
+    if (a.format == kPanels) first = first / rows * ((rows + kPanel - 1) / kPanel * kPanel);  // a group starts a panel
+    const uint8_t* scale = a.scale;  // FP8 groups begin on a block of 128 rows, or Python decodes the matrix
+    if (a.format == kFP8) scale += first / 128 * ((a.cols + 127) / 128);
+    if (a.format == kFP4) scale += first * (a.cols / 32);
+    return {static_cast<const char*>(a.data) + first * bytes, scale, rows, a.cols, a.format};
+  }
+
+  // Chooses token t's experts from s, its gate's outputs [experts] (overwritten), and their weights.
+  void route_token(const Layer& l, int64_t t, float* s) {
+    const int64_t k = m.experts_per_token;
+    int32_t* chosen = b.route + t * k;
+    map(s, s, m.experts, [&](Vec v, int64_t) { return select(v > 20.0f, v, softplus(v)); });
+    for (int64_t e = 0; e < m.experts; ++e) s[e] = std::sqrt(s[e]);
+    for (int64_t i = 0; i < k; ++i) {
+      if (l.tid2eid != nullptr) {
+        chosen[i] = int32_t(l.tid2eid[call.ids[t] * k + i]);
+        continue;
+      }
+      int64_t best = INT64_MIN;
+      for (int64_t e = 0; e < m.experts; ++e) {
+        bool taken = false;
+        for (int64_t j = 0; j < i; ++j) taken |= chosen[j] == e;
+        const int64_t key = rank_key(l.gate_bias != nullptr ? s[e] + l.gate_bias[e] : s[e], e);
+        if (!taken && key > best) best = key, chosen[i] = int32_t(e);
+      }
+    }
+    float total = 0.0f;
+    for (int64_t i = 0; i < k; ++i) total += s[chosen[i]];
+    for (int64_t i = 0; i < k; ++i) b.route_weights[t * k + i] = s[chosen[i]] / total * float(m.routed_scaling);
+  }
+
+  // Counting sort of pairs (token, place) by expert: order[pair] is its place among the sorted, pair_of the inverse.
+  void group_pairs() {
+    const int64_t pairs = T * m.experts_per_token;
+    for (int64_t e = 0; e <= m.experts; ++e) b.group_start[e] = 0;
+    for (int64_t p = 0; p < pairs; ++p) ++b.group_start[b.route[p] + 1];
+    for (int64_t e = 0; e < m.experts; ++e) b.group_start[e + 1] += b.group_start[e];
+    for (int64_t p = 0; p < pairs; ++p) b.pair_of[b.order[p] = b.group_start[b.route[p]]++] = int32_t(p);
+    for (int64_t e = m.experts; e > 0; --e) b.group_start[e] = b.group_start[e - 1];
+    b.group_start[0] = 0;
+  }
+
+  // hidden = silu(min(hidden, limit)) * clamp(up, limit), n floats.
+  void swiglu(float* hidden, const float* up, int64_t n) {
+    const float limit = float(m.swiglu_limit);
+    map(hidden, hidden, n, [&](Vec a, int64_t i) {
+      a = select(a > limit, splat(limit), a);
+      Vec c = load_at(up, i, n);
+      c = select(c > limit, splat(limit), select(c < -limit, splat(-limit), c));
+      return a * sigmoid(a) * c;
+    });
+  }
+
+  // The experts' outputs of token t, weighted and summed in y [hidden], enter the streams.
+  void leave_experts(int64_t t, float* y) {
+    const int64_t k = m.experts_per_token;
+    map(y, b.shared_out + t * m.hidden, m.hidden, [&](Vec v, int64_t i) {
+      Vec routed{};
+      for (int64_t j = 0; j < k; ++j)
+        routed += load_at(b.expert_out + b.order[t * k + j] * m.hidden, i, m.hidden) * b.route_weights[t * k + j];
+      return v + routed;
+    });
+    leave(t, y);
+  }
+  void leave(int64_t t, const float* y) {
+    leave_token(m, stream(t), y, b.post + t * m.streams, b.comb + t * m.streams * m.streams);
+  }
+};

@@ -1,0 +1,222 @@
+// A layer cut by weights: every phase's products are tiles of weight rows, which threads take. Serves few tokens
+// (decode), and weights that are packed or larger than the cache.
+
+// All jobs of a phase, cut into tiles of weight rows and, where tokens are many, of tokens.
+static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
+  int64_t tiles = 0;
+  for (int i = 0; i < count; ++i) tiles += (jobs[i].m.rows + kTile - 1) / kTile;
+  int64_t t = 1;
+  for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
+  int64_t step = t;
+  while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
+  const int64_t cuts = (t + step - 1) / step;
+  w.units(tiles * cuts, [&](int64_t u) {
+    int64_t tile = u / cuts;
+    const int64_t t0 = u % cuts * step;
+    const Job* job = jobs;
+    for (; tile >= (job->m.rows + kTile - 1) / kTile; ++job) tile -= (job->m.rows + kTile - 1) / kTile;
+    const int64_t t1 = t0 + step < job->t ? t0 + step : job->t;
+    if (t0 >= t1) return;
+    const int64_t first = tile * kTile;
+    const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
+    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer);
+  });
+}
+
+struct ByWeights : LayerPass {
+  void enter(const Mix& mix, const float* norm) {
+    const int64_t zs = (2 + m.streams) * m.streams, rows = 4, cut = 48;  // few rows, many columns: small units
+    const Job job{mix.fn, call.streams, m.streams * m.hidden, T, b.z, zs};
+    w.units((zs + rows - 1) / rows * ((T + cut - 1) / cut), [&](int64_t u) {
+      const int64_t first = u % ((zs + rows - 1) / rows) * rows, t0 = u / ((zs + rows - 1) / rows) * cut;
+      run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer);
+    });
+    w.barrier();
+    const int64_t end = T * (w.id + 1) / w.team.size;
+    for (int64_t t = T * w.id / w.team.size; t < end; t += kLanes)
+      mix_any(m, mix, stream(t), b.z + t * zs, int(min64(end - t, kLanes)), false, norm, b.post + t * m.streams,
+              b.comb + t * m.streams * m.streams, b.x + t * m.hidden);
+    w.barrier();
+  }
+
+  // picks[t]: the entries that each token reads; only for tokens that see more than the top-k. Where groups of queries
+  // are fewer than threads, a group's entries are cut among them, and the last to finish selects.
+  void choose(const Layer& l, const LayerCache& c) {
+    int64_t groups = 0, most = 0;
+    for (int64_t s = 0; s < call.sequence_count; ++s) {
+      const Sequence& q = call.sequences[s];
+      groups += (q.length + kIndexRows - 1) / kIndexRows;
+      most = max64(most, (q.start + q.length) / l.ratio);
+    }
+    if (most <= m.index_topk) return;
+    int64_t parts = groups < w.team.size ? (w.team.size + groups - 1) / groups : 1;
+    const int64_t stride = score_row(most), step = max64(256, (most + parts * kTile - 1) / (parts * kTile) * kTile);
+    parts = (most + step - 1) / step;
+    const int64_t n = m.index_heads * m.index_dim;
+    w.units(groups * parts, [&](int64_t u) {
+      int64_t group = u / parts;
+      const int64_t part = u % parts;
+      float* scores = b.index_scores + (parts > 1 ? group : w.id) * kIndexRows * stride;
+      const Sequence* s = call.sequences;
+      for (; group >= (s->length + kIndexRows - 1) / kIndexRows; ++s) group -= (s->length + kIndexRows - 1) / kIndexRows;
+      const int64_t t0 = s->row + group * kIndexRows, count = min64(s->row + s->length - t0, kIndexRows);
+      const int64_t entries = visible(l, t0 + count - 1);
+      if (entries <= m.index_topk) return;
+      if (part * step < entries) {
+        __builtin_memcpy(b.index_q, b.iq + t0 * n, sizeof(float) * size_t(count * n));
+        turn_index_queries(t0, count, b.index_q);
+        score_entries(l, c, t0, count, b.index_q, part * step, min64(entries, part * step + step), scores, stride);
+      }
+      if (parts > 1 && !last_part(u / parts, parts)) return;
+      select_entries(l, t0, count, scores, stride);
+    });
+    w.barrier();
+  }
+
+  // Whether this is the last of a group's parts to finish. The counters are zero again afterwards.
+  bool last_part(int64_t group, int64_t parts) {
+    if (__atomic_add_fetch(b.finished + group, 1, __ATOMIC_ACQ_REL) != parts) return false;
+    __atomic_store_n(b.finished + group, 0, __ATOMIC_RELAXED);
+    return true;
+  }
+
+  void attend(const Layer& l, const LayerCache& c) {
+    const int64_t blocks = (m.heads + kLanes - 1) / kLanes, splits = T * blocks, d = m.dim;
+    // One query's rows are cut among threads where there are too few queries.
+    const int64_t parts = splits < w.team.size ? min64((w.team.size + splits - 1) / splits, kMostParts) : 1;
+    w.units(splits * parts, [&](int64_t u) {
+      const int64_t split = u / parts, t = split / blocks, head = split % blocks * kLanes;
+      const int heads = int(min64(m.heads - head, kLanes));
+      const float* q = b.q + (t * m.heads + head) * d;
+      float* out = b.attended + (t * m.heads + head) * d;
+      const int64_t n = rows_of_query(l, c, t);
+      if (parts == 1) {
+        attend_query(q, heads, d, float(m.norm_eps), turn(l, t), m.rope, l.sink + head, b.pointers, n, b.qt, b.probs, out);
+        return;
+      }
+      const int64_t part = u % parts, first = n * part / parts, rows = n * (part + 1) / parts - first;
+      float* mine = b.parts + split * kMostParts * (d + 2) * kLanes;
+      float* own = mine + part * (d + 2) * kLanes;
+      query_lanes(q, heads, d, float(m.norm_eps), turn(l, t), m.rope, b.qt);
+      const Vec none = splat(-__builtin_inff());
+      const Partial sum = attend_rows(b.qt, heads, d, b.pointers + first, rows, none, b.probs, own + 2 * kLanes);
+      store(own, sum.best);
+      store(own + kLanes, sum.total);
+      if (last_part(split, parts))
+        join_parts(mine, parts, heads, load_part(l.sink + head, heads), turn(l, t), out);
+    });
+    w.barrier();
+  }
+
+  void join_parts(const float* parts, int64_t count, int heads, Vec sinks, const float* turn, float* out) {
+    const int64_t d = m.dim, size = (d + 2) * kLanes;
+    Vec best = sinks, factors[kMostParts];
+    for (int64_t p = 0; p < count; ++p) best = select(load(parts + p * size) > best, load(parts + p * size), best);
+    Vec total = exp_below(sinks - best);
+    for (int64_t p = 0; p < count; ++p) {
+      factors[p] = exp_below(load(parts + p * size) - best);
+      total += factors[p] * load(parts + p * size + kLanes);
+    }
+    for (int h = 0; h < heads; ++h)
+      map(out + h * d, parts + 2 * kLanes + h * d, d, [&](Vec v, int64_t i) {
+        Vec sum = v * factors[0][h];
+        for (int64_t p = 1; p < count; ++p) sum += load_at(parts + p * size + 2 * kLanes + h * d, i, d) * factors[p][h];
+        return sum;
+      });
+    finish_heads(out, heads, d, 1.0f / total, turn, m.rope);
+  }
+
+  void attention(const Layer& l, const LayerCache& c) {
+    Job in[7];
+    run_jobs(w, b, in, inputs(l, b.x, 0, T, in));
+    w.barrier();
+    tokens([&](int64_t t) { norm_inputs(l, t); });
+    w.barrier();
+    Job up[2] = {{l.wq_b, b.qa, m.q_rank, T, b.q, m.heads * m.dim},
+                 {l.index_wq_b, b.qa, m.q_rank, T, b.iq, m.index_heads * m.index_dim}};
+    run_jobs(w, b, up, l.has_index ? 2 : 1);
+    pool(l, c);
+    w.barrier();
+    if (l.has_index) choose(l, c);
+    attend(l, c);
+    Job grouped[64];
+    const int64_t width = m.heads * m.dim / m.groups;
+    for (int64_t g = 0; g < m.groups; ++g)
+      grouped[g] = {rows_of(l.wo_a, g * m.o_rank, m.o_rank), b.attended + g * width, m.heads * m.dim, T,
+                    b.latent + g * m.o_rank, m.groups * m.o_rank};
+    run_jobs(w, b, grouped, int(m.groups));
+    keep(l, c);
+    w.barrier();
+    Job out{l.wo_b, b.latent, m.groups * m.o_rank, T, b.y, m.hidden};
+    run_jobs(w, b, &out, 1);
+    w.barrier();
+    tokens([&](int64_t t) { leave(t, b.y + t * m.hidden); });
+    w.barrier();
+  }
+
+  void experts(const Layer& l) {
+    const int64_t k = m.experts_per_token, E = m.experts;
+    Job gate{l.gate, b.x, m.hidden, T, b.scores, E};
+    run_jobs(w, b, &gate, 1);
+    w.barrier();
+    tokens([&](int64_t t) { route_token(l, t, b.scores + t * E); });
+    w.barrier();
+    if (w.id == 0) group_pairs();
+    w.barrier();
+    w.units(T * k, [&](int64_t p) {  // order[p]: where the pair lies among the sorted
+      __builtin_memcpy(b.gathered + b.order[p] * m.hidden, b.x + p / k * m.hidden, sizeof(float) * size_t(m.hidden));
+    });
+    w.barrier();
+    // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
+    const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
+    const int64_t cut = T > 192 ? 96 : T, cuts = (T + cut - 1) / cut;
+    w.units(E * tiles + shared_tiles * cuts, [&](int64_t u) {
+      const bool shared = u < shared_tiles * cuts;  // first, as these are the largest
+      const int64_t e = shared ? E : (u - shared_tiles * cuts) / tiles;
+      const int64_t tile = shared ? u / cuts : (u - shared_tiles * cuts) % tiles;
+      const int64_t inter = shared ? m.shared_inter : m.inter;
+      const int64_t r0 = shared ? u % cuts * cut : b.group_start[e];
+      const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];
+      if (r0 == r1) return;
+      const float* x = shared ? b.x : b.gathered;
+      float* hidden = b.hidden + (shared ? T * k * m.inter : 0);
+      float* up = b.up + (shared ? T * k * m.inter : 0);
+      const int64_t first = tile * kTile;
+      const int width = int(inter - first < kTile ? inter - first : kTile);
+      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
+      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
+      for (int64_t r = r0; r < r1; ++r) swiglu(hidden + r * inter + first, up + r * inter + first, width);
+    });
+    w.barrier();
+    const int64_t out_tiles = (m.hidden + kTile - 1) / kTile;
+    w.units((E + cuts) * out_tiles, [&](int64_t u) {
+      const bool shared = u < cuts * out_tiles;
+      const int64_t e = shared ? E : (u - cuts * out_tiles) / out_tiles;
+      const int64_t first = u % out_tiles * kTile;
+      const int64_t r0 = shared ? u / out_tiles * cut : b.group_start[e];
+      const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];
+      if (r0 == r1) return;
+      const int width = int(m.hidden - first < kTile ? m.hidden - first : kTile);
+      const int64_t inter = shared ? m.shared_inter : m.inter;
+      run_job({l.experts[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
+               shared ? b.shared_out : b.expert_out, m.hidden},
+              first, width, r0, r1, b.tile, b.rows_buffer);
+    });
+    w.barrier();
+    tokens([&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });
+    w.barrier();
+  }
+
+  void run() {
+    if (w.id == 0) __builtin_memset(b.finished, 0, sizeof(int32_t) * size_t(max64(w.team.size, 1)));
+    start();
+    for (int64_t i = 0; i < call.layer_count; ++i) {
+      const Layer& l = call.layers[i];
+      if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * m.index_topk;
+      enter(l.mix_attn, l.attn_norm);
+      attention(l, call.caches[i]);
+      enter(l.mix_ffn, l.ffn_norm);
+      experts(l);
+    }
+  }
+};
