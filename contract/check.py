@@ -29,6 +29,7 @@ from upwell.devices.operators import OperatorRecord, audit
 from upwell.model import KVCache, Step, Transformer
 from upwell.model.cache import DecodeInputs
 from upwell.ops.linear import int8_linear
+from upwell.ops.moe import int8_experts
 
 SOCS = ("Ascend910B1", "Ascend910_9382", "Ascend950PR_9599")
 # Flash's head, index and rotary dims, which the attention and indexer operators ask for; all else small.
@@ -65,6 +66,11 @@ def trace(target: Chip) -> set[str]:
         expect(drafted, (2, 300), torch.float32)
         x, weight = (torch.empty(5, 64, dtype=d, device=device) for d in (torch.bfloat16, torch.int8))
         expect(int8_linear(x, weight, torch.empty(5, device=device)), (5, 5), torch.bfloat16)
+        x = torch.empty(4, 64, dtype=torch.bfloat16, device=device)
+        w13, w2 = (torch.empty(s, dtype=torch.int8, device=device) for s in ((6, 32, 64), (6, 64, 16)))
+        s13, s2 = (torch.empty(s, device=device) for s in ((6, 32), (6, 64)))
+        picks, shares = ids(4, 2), torch.empty(4, 2, device=device)
+        expect(int8_experts(x, picks, shares, w13, s13, w2, s2, 10.0), (4, 64), torch.bfloat16)
         try:
             model.norm(torch.empty(2, 128, dtype=torch.bfloat16))
         except Exception:

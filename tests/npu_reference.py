@@ -48,7 +48,10 @@ def rule_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half"
 def npu_moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.sort(expert_idx.flatten().long(), stable=True).indices
     counts = (expert_idx.flatten()[:, None] == torch.arange(options["expert_num"])).sum(0)
-    return x[order // expert_idx.shape[1]], order.int(), counts.long(), torch.empty(0)
+    rows, scale = x[order // expert_idx.shape[1]], torch.empty(0)
+    if options["quant_mode"] == 1:
+        rows, scale = npu_dynamic_quant(rows)
+    return rows, order.int(), counts.long(), scale
 
 
 def rule_moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **options: Any) -> None:
@@ -57,16 +60,27 @@ def rule_moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **options: Any) -> N
     need(options["active_num"] in (-1, 0, expert_idx.numel()) and 0 < options["expert_num"] <= 10240, "numbers")
     need(options["active_expert_range"] == [0, options["expert_num"]] and options["drop_pad_mode"] == 0, "all experts")
     need(options["expert_tokens_num_type"] == 1 and options["row_idx_type"] == 1, "counts and scatter index")
+    need(options["quant_mode"] == -1 or (options["quant_mode"] == 1 and x.dtype in HALF), "quant_mode")
 
 
 def npu_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, **options: Any) -> list[Tensor]:
-    parts = x[0].split(group_list.tolist())
-    return [torch.cat([part @ weight[0][e] for e, part in enumerate(parts)])]
+    counts = group_list.tolist()
+    wide = torch.double if x[0].dtype == torch.int8 else x[0].dtype
+    outs = [part.to(wide) @ weight[0][e].to(wide) for e, part in enumerate(x[0].split(counts))]
+    if x[0].dtype != torch.int8:
+        return [torch.cat(outs)]
+    scaled = [out * options["scale"][0][e].double() for e, out in enumerate(outs)]
+    return [(torch.cat(scaled) * options["per_token_scale"][0].double().unsqueeze(1)).to(options["output_dtype"])]
 
 
 def rule_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, **options: Any) -> None:
     need(len(x) == len(weight) == 1 and x[0].dim() == 2 and weight[0].dim() == 3, "one x, one weight, one y")
-    need(x[0].dtype == weight[0].dtype and x[0].dtype in FLOAT, "dtypes without quantization")
+    need(x[0].dtype == weight[0].dtype and x[0].dtype in (*FLOAT, torch.int8), "dtypes")
+    if x[0].dtype == torch.int8:
+        scale, per_token = options.pop("scale"), options.pop("per_token_scale")
+        need(scale[0].dtype == options.pop("output_dtype") == torch.bfloat16, "scales are BF16 where the output is")
+        need(scale[0].shape == (weight[0].shape[0], weight[0].shape[2]), "a scale for each expert's columns")
+        need(per_token[0].dtype == torch.float32 and per_token[0].shape == x[0].shape[:1], "a scale for each row")
     need(x[0].shape[1] == weight[0].shape[1] and group_list.shape == weight[0].shape[:1], "shapes")
     need(group_list.dtype == torch.int64, "group_list is INT64")
     need(options == {"split_item": 2, "group_type": 0, "group_list_type": 1}, "grouped by rows, by counts, one output")

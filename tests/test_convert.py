@@ -58,9 +58,12 @@ def dense(model: Transformer) -> dict[str, torch.Tensor]:
             for e, parts in enumerate(module.packed):
                 out |= {f"{name}.{e}.{leaf}": dense_weight(w, s, torch.float32) for leaf, (w, s) in parts.items()}
         elif hasattr(module, "w13"):
-            w1, w3 = module.w13.float().chunk(2, dim=1)
+            w13, w2 = module.w13.float(), module.w2.float()
+            if module.w13_scale is not None:
+                w13, w2 = w13 * module.w13_scale.unsqueeze(-1), w2 * module.w2_scale.unsqueeze(-1)
+            w1, w3 = w13.chunk(2, dim=1)
             for e in range(module.n):
-                out |= {f"{name}.{e}.w1": w1[e], f"{name}.{e}.w3": w3[e], f"{name}.{e}.w2": module.w2[e].float()}
+                out |= {f"{name}.{e}.w1": w1[e], f"{name}.{e}.w3": w3[e], f"{name}.{e}.w2": w2[e]}
     return out
 
 
@@ -89,10 +92,11 @@ def test_w8a8_rounds_each_row_to_127_steps_and_runs(
     for name, weight in weights.items():
         step = weight.abs().amax(-1, keepdim=True) / 127
         assert ((ours[name] - weight).abs() <= step / 2 * 1.001).all(), name
-    ids = {"prompt_token_ids": list(range(2, 40))}
+    ids = list(range(2, 40))
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-    assert len(LLM.from_model(model, cache_tokens=512).generate(ids, params)[0].token_ids) == 3
+    output = LLM.from_model(model, cache_tokens=512).generate({"prompt_token_ids": ids}, params)[0].token_ids
     with torch.no_grad():
+        assert output == model(torch.tensor([ids + output]))[0, len(ids) - 1 : -1].argmax(-1).tolist()
         logits = [load_model(p, dtype=torch.float32)(torch.arange(2, 60)[None]) for p in (official, tmp_path / "out")]
     error = (logits[0] - logits[1]).pow(2).mean().sqrt() / logits[0].std()
     assert 0 < error < 0.1

@@ -157,6 +157,19 @@ def test_grouped_experts(fused: Fused) -> None:
     close(moe.gathered_experts(x, experts, weights, w13, w2, 1.5), plain, 1e-5)
 
 
+def test_int8_experts(fused: Fused) -> None:
+    x, scales = random(9, 32, dtype=torch.bfloat16), [random(6, n).abs() / 900 for n in (24, 32)]
+    w13, w2 = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((6, 24, 32), (6, 32, 12)))
+    experts, weights = torch.stack([torch.randperm(5)[:3] for _ in range(9)]), random(9, 3).abs()
+    plain = moe.int8_experts(x, experts, weights, w13, scales[0], w2, scales[1], 1.5)
+    close(fused.int8_experts(x, experts, weights, w13, scales[0], w2, scales[1], 1.5), plain, 0.02)
+    close(moe.gathered_experts(x, experts, weights, w13, w2, 1.5, *scales), plain, 0.01)
+    dense = moe.grouped_experts(
+        x.float(), experts, weights, w13.float() * scales[0][..., None], w2.float() * scales[1][..., None], 1.5
+    )
+    close(plain.float(), dense, 0.03)
+
+
 def test_int8_linear(fused: Fused) -> None:
     x, weight = random(2, 5, 64, dtype=torch.bfloat16), torch.randint(-127, 128, (40, 64), dtype=torch.int8)
     scale = random(40).abs() / 127

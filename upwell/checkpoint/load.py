@@ -128,9 +128,12 @@ class _Filler:
     def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
         experts = range(module.n)
         scale = parts["w1"][0][1]
-        if scale is not None and (scale.dtype == "F32" or not self.decodes):
+        if scale is not None and scale.dtype == "F32":
+            self._set_int8_experts(module, parts)
+            return
+        if scale is not None and not self.decodes:
             module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
-            module.quantize_input = self.official and scale.dtype != "F32"
+            module.quantize_input = self.official
             return
         # Dense experts are stacked: one product per expert over a contiguous stack, and trainable.
         w13 = torch.empty(module.w13.shape, dtype=self.dtype, device=self.device)
@@ -141,6 +144,19 @@ class _Filler:
             w13[e, inter:] = self._decoded(parts["w3"][e])
             w2[e] = self._decoded(parts["w2"][e])
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
+
+    def _set_int8_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
+        """INT8 weights and their rows' scales, stacked as grouped products take them."""
+        inter = module.w13.shape[1] // 2
+        shapes = ((module.w13.shape, torch.int8), (module.w2.shape, torch.int8), (module.w13.shape[:2], torch.float32),
+                  (module.w2.shape[:2], torch.float32))  # fmt: skip
+        w13, w2, s13, s2 = (torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
+        for e in range(module.n):
+            w13[e, :inter], s13[e, :inter] = self._packed(parts["w1"][e])
+            w13[e, inter:], s13[e, inter:] = self._packed(parts["w3"][e])
+            w2[e], s2[e] = self._packed(parts["w2"][e])
+        module.w13, module.w2 = nn.Parameter(w13, requires_grad=False), nn.Parameter(w2, requires_grad=False)
+        module.w13_scale, module.w2_scale = s13, s2
 
     def _set_frequencies(self) -> None:
         config = self.plan.config

@@ -115,7 +115,8 @@ def _weight_piece(
     if not quantize:
         return Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
     scale_name = name.removesuffix("weight") + "scale"
-    if weight.dtype == torch.float8_e4m3fn or (scale is None and slot.kind == "matrix"):
+    packed_so = scale is not None and weight.dtype != torch.int8  # INT8 isn't the official format: encode anew
+    if weight.dtype == torch.float8_e4m3fn or (not packed_so and slot.kind == "matrix"):
         specs = ((name, "F8_E4M3", slot.shape), (scale_name, "F8_E8M0", fp8_scale_shape(slot.shape)))
         encode = quantize_fp8
     else:
@@ -127,7 +128,11 @@ def _weight_piece(
         packed, scales = fp4_packed_shape(slot.shape), fp4_scale_shape(slot.shape)
         specs = ((name, "I8", packed), (scale_name, "F8_E8M0", scales))
         encode = quantize_fp4
-    return Piece(specs, lambda: encode(weight.detach()) if scale is None else (weight, scale))
+    if packed_so:
+        assert scale is not None
+        kept = (weight, scale)
+        return Piece(specs, lambda: kept)
+    return Piece(specs, lambda: encode(dense_weight(weight.detach(), scale, torch.float32)))
 
 
 def _hf_pieces(model: Transformer) -> Iterator[Piece]:
@@ -169,10 +174,10 @@ def _expert_weight(model: Transformer, slot: Slot, expert: int) -> tuple[Tensor,
     assert isinstance(module, Experts)
     if module.packed is not None:
         return module.packed[expert][leaf]
-    if leaf == "w2":
-        return module.w2[expert], None
     inter = module.w13.shape[1] // 2
-    return module.w13[expert, :inter] if leaf == "w1" else module.w13[expert, inter:], None
+    rows = {"w1": slice(0, inter), "w3": slice(inter, 2 * inter), "w2": slice(None)}[leaf]
+    stack, scales = (module.w2, module.w2_scale) if leaf == "w2" else (module.w13, module.w13_scale)
+    return stack[expert, rows], None if scales is None else scales[expert, rows]
 
 
 def _tensor(model: Transformer, slot: Slot) -> Tensor:

@@ -48,7 +48,12 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """
     if (kernels := npu.fused(x)) is not None and (out := kernels.quantized_linear(x, weight, scale)) is not None:
         return out
+    quantized, per_token = round_to_int8(x)
+    return (F.linear(quantized, weight.float()) * per_token * scale).to(x.dtype)
+
+
+def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] in steps of amax / 127 of its own row: the integers, as FP32, and the step [..., 1]."""
     wide = x.float()
-    per_token = wide.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    product = F.linear(torch.round(wide / per_token), weight.float())
-    return (product * per_token * scale).to(x.dtype)
+    step = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+    return torch.round(wide / step), step

@@ -113,6 +113,39 @@ class Fused:
         back[order] = torch.arange(order.numel(), device=order.device)
         return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
 
+    def int8_experts(
+        self, x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+        limit: float,
+    ) -> Tensor | None:  # fmt: skip
+        """ops.moe.int8_experts: the routing rounds the rows too; weights' scales as BF16, which the page asks for."""
+        needed = {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_clipped_swiglu", "npu_dynamic_quant"}
+        if not needed <= self.has or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+            return None
+        tokens, k = experts.shape
+        rows, order, counts, per_token = self.ops.npu_moe_init_routing_v2(
+            x.contiguous(), experts.int(), active_num=tokens * k, expert_num=w13.shape[0], drop_pad_mode=0,
+            expert_tokens_num_type=1, expert_tokens_num_flag=True, quant_mode=1,
+            active_expert_range=[0, w13.shape[0]], row_idx_type=1,
+        )  # fmt: skip
+        order, counts = order.long(), counts.long()
+        hidden = self._grouped_int8(rows, per_token, w13, s13, counts)
+        hidden = self.ops.npu_clipped_swiglu(
+            hidden.float(), dim=-1, alpha=1.0, limit=limit, bias=0.0, interleaved=False
+        )
+        hidden = (hidden * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
+        outs = self._grouped_int8(*self.ops.npu_dynamic_quant(hidden), w2, s2, counts)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
+
+    def _grouped_int8(self, rows: Tensor, per_token: Tensor, weights: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+        """INT8 rows [R, in] with their steps [R], INT8 weights [E, out, in] with scales [E, out] -> [R, out] BF16."""
+        outs: list[Tensor] = self.ops.npu_grouped_matmul(
+            [rows], [weights.transpose(1, 2)], scale=[scales.to(torch.bfloat16)], per_token_scale=[per_token],
+            group_list=counts, split_item=2, group_type=0, group_list_type=1, output_dtype=torch.bfloat16,
+        )  # fmt: skip
+        return outs[0]
+
     def _grouped(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """rows [R, in] sorted by expert, weights [E, out, in], counts [E] INT64 -> [R, out]."""
         outs: list[Tensor] = self.ops.npu_grouped_matmul(
