@@ -35,7 +35,7 @@ bench: $(VENV)/.ready-dev ## speed against transformers on the same weights
 
 # torch_npu in a venv of its own, beside the development venv's torch: once installed, `import torch` loads it.
 NPU_VENV := .venv-npu
-NPU_RUN := UPWELL_KERNELS=off TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH=$(NPU_VENV)/stubs PYTHONPATH=. $(NPU_VENV)/bin/python -m
+NPU_RUN := STUB_DEVICES=1 UPWELL_KERNELS=off TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH=$(NPU_VENV)/stubs PYTHONPATH=. $(NPU_VENV)/bin/python -m
 WHEELS := 2.10.0.post4 2.12.0 2.13.0
 
 $(NPU_VENV)/.ready: $(VENV)/.ready-dev

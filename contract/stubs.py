@@ -16,14 +16,16 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-# What import and tracing ask for: an initialisation that succeeds, no device in the count, 0 as the current one (a
-# device guard asks, also around operators on fake tensors), a SoC name.
+# What import and tracing ask for: an initialisation that succeeds, no device (one with STUB_DEVICES, since
+# device guards stand around operators on fake tensors too), 0 as the current one, a SoC name.
 ANSWERS = {
     "aclInit": "int aclInit(const char* path) { return 0; }",
     "aclFinalize": "int aclFinalize(void) { return 0; }",
     "aclrtGetDevice": "int aclrtGetDevice(int* device) { *device = 0; return 0; }",
     "aclrtSetDevice": "int aclrtSetDevice(int device) { return 0; }",
-    "aclrtGetDeviceCount": "int aclrtGetDeviceCount(unsigned* count) { *count = 0; return 0; }",
+    "aclrtGetDeviceCount": (
+        'int aclrtGetDeviceCount(unsigned* count) { *count = getenv("STUB_DEVICES") ? 1 : 0; return 0; }'
+    ),
     "aclrtGetSocName": (
         'const char* aclrtGetSocName(void) { const char* soc = getenv("STUB_SOC"); return soc ? soc : "Ascend910B1"; }'
     ),

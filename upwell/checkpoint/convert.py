@@ -22,7 +22,7 @@ from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, 
 from upwell.checkpoint.load import DTYPES
 from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
 from upwell.checkpoint.recipes import RECIPES, Layout, Target
-from upwell.checkpoint.save import Piece, split_shards, write_shard
+from upwell.checkpoint.save import Piece, Specs, split_shards, write_shard
 from upwell.checkpoint.shards import INDEX_NAME, Stored
 from upwell.checkpoint.sniff import DESCRIPTION, sniff
 from upwell.checkpoint.verify import CHECKSUMS, write_checksums
@@ -107,7 +107,7 @@ class _Reader:
         raw = torch.empty(stored.nbytes, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
-            view = memoryview(raw.numpy())
+            view = raw.numpy().data
             at = 0
             while at < len(view):
                 got = stream.readinto(view[at:])
@@ -168,6 +168,7 @@ def _plain(slot: Slot, reader: _Reader, weight: Weight) -> Piece:
 def _matrix(job: Conversion, slot: Slot, name: str, reader: _Reader, weight: Weight) -> Piece:
     """A matrix or one expert's weight in the target's format."""
     base, (rows, cols) = name.removesuffix("weight"), slot.shape
+    specs: Specs
     if job.to == "w8a8" and RECIPES[job.recipe].search(name):
         if job.layout == "vllm-ascend":
             column = ("F32", (rows, 1))

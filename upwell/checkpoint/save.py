@@ -68,6 +68,10 @@ def save_checkpoint(
     _write(directory, raw_config, split_shards(pieces, max_shard_bytes))
 
 
+Specs = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Name, safetensors dtype and shape of each tensor."""
+
+
 class Digest(Protocol):
     """A hashlib object."""
 
@@ -78,7 +82,7 @@ class Digest(Protocol):
 class Piece:
     """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them."""
 
-    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    tensors: Specs
     make: Callable[[], tuple[Tensor, ...]]
 
     @property

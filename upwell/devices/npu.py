@@ -41,7 +41,7 @@ def chip(soc: str) -> Chip:
     patterns: tuple[tuple[str, Family], ...] = (
         (r"Ascend910B", "a2"), (r"Ascend910_93", "a3"), (r"Ascend950", "950"), (r"Ascend310P", "310p")
     )  # fmt: skip
-    family = next((family for pattern, family in patterns if re.match(pattern, soc)), "unknown")
+    family: Family = next((family for pattern, family in patterns if re.match(pattern, soc)), "unknown")
     return Chip(soc, family, bf16=family in ("a2", "a3", "950"), fp8=family == "950")
 
 

@@ -137,9 +137,9 @@ class Step:
         if not self._inputs:
             width = max(len(table) for table in self.tables)
             tables = torch.tensor([table + [0] * (width - len(table)) for table in self.tables], dtype=torch.long)
-            slots, starts = torch.tensor(self.slots), torch.tensor(self.starts)
-            moved = (t.to(self.device, non_blocking=True) for t in (slots, starts, tables))
-            self._inputs.append(DecodeInputs(*moved, longest=max(self.starts) + 1))
+            host = (torch.tensor(self.slots), torch.tensor(self.starts), tables)
+            slots, starts, tables = (t.to(self.device, non_blocking=True) for t in host)
+            self._inputs.append(DecodeInputs(slots, starts, tables, longest=max(self.starts) + 1))
         return self._inputs[0]
 
     def may_complete(self, ratio: int) -> bool:

@@ -133,7 +133,8 @@ class Fused:
             hidden.float(), dim=-1, alpha=1.0, limit=limit, bias=0.0, interleaved=False
         )
         hidden = (hidden * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-        outs = self._grouped_int8(*self.ops.npu_dynamic_quant(hidden), w2, s2, counts)
+        rows, per_token = self.ops.npu_dynamic_quant(hidden)
+        outs = self._grouped_int8(rows, per_token, w2, s2, counts)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
