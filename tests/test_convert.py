@@ -82,6 +82,19 @@ def test_bf16_is_exact(official: Path, weights: dict[str, torch.Tensor], tmp_pat
     assert verify(tmp_path / "out") == made["files"] + 3
 
 
+def test_transformers_names_are_read_too(tmp_path: Path) -> None:
+    model = Transformer(CONFIG.with_mtp(0)).eval()
+    fill(model, 5, CONFIG.n_routed_experts)
+    save_checkpoint(model, tmp_path / "hf", format="transformers")
+    made = convert(Conversion(tmp_path / "hf", tmp_path / "out", "w8a8"))
+    assert "transformers' names" in made["kind"]
+    source, ours = dense(model), dense(load_model(tmp_path / "out", dtype=torch.float32))
+    assert ours.keys() == source.keys()
+    for name, weight in source.items():
+        step = weight.abs().amax(-1, keepdim=True) / 127
+        assert ((ours[name] - weight).abs() <= (step / 2 + weight.abs() * 2**-8) * 1.001).all(), name
+
+
 def test_w8a8_rounds_each_row_to_127_steps_and_runs(
     official: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
