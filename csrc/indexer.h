@@ -48,9 +48,20 @@ INLINE int64_t rank_key(float score, int64_t index) {  // larger is better; of e
 
 INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 
-// Indices of the k best of scores [n], k < n, ascending. The scores' place, padded to whole vectors, is overwritten.
-// The k-th best is found by halving the range of values: no branch depends on the data.
-static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
+INLINE float unordered(int32_t key) {  // the inverse of `ordered`
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct Cut {  // `above` <= k keys exceed `bound`; where fewer than k do, the rest are equal to it
+  int64_t bound, above;
+};
+
+// Turns scores [n], k < n, padded to whole vectors, into ordered keys and finds where the k best end, by halving the
+// range of values: no branch depends on the data.
+static Cut cut_best(float* scores, int64_t n, int64_t k) {
   auto* keys = reinterpret_cast<int32_t*>(scores);
   const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = n; i < padded; ++i) scores[i] = -__builtin_inff();
@@ -65,8 +76,7 @@ static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
   int64_t below = INT32_MAX, top = INT32_MIN;
   for (int i = 0; i < kLanes; ++i) below = low[i] < below ? low[i] : below, top = high[i] > top ? high[i] : top;
   --below;
-  // More than k are above `below`, fewer than k above `top`, until exactly k are, or only equals are left between.
-  int64_t above_top = 0;
+  int64_t above_top = 0;  // more than k exceed `below`, fewer than k exceed `top`
   while (top - below > 1) {
     const int64_t middle = below + (top - below) / 2;
     const VecI bound = VecI{} + int32_t(middle);
@@ -78,9 +88,16 @@ static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
     else top = middle, above_top = above;
     if (above == k) break;
   }
-  int64_t equals = k - above_top;  // how many of those equal to `top` are taken, the first ones
-  const VecI bound = VecI{} + int32_t(top);
-  for (int64_t i = 0; i < padded; i += kLanes) {
+  return {top, above_top};
+}
+
+// Indices of the k best of scores [n], k < n, ascending. The scores' place is overwritten.
+static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
+  const Cut cut = cut_best(scores, n, k);
+  const auto* keys = reinterpret_cast<int32_t*>(scores);
+  int64_t equals = k - cut.above;  // of those equal to the bound, the first ones are taken
+  const VecI bound = VecI{} + int32_t(cut.bound);
+  for (int64_t i = 0; i < n; i += kLanes) {
     const VecI key = load_ints(keys + i);
     unsigned more = lane_bits(key > bound);
     for (unsigned same = equals > 0 ? lane_bits(key == bound) : 0; same != 0 && equals > 0; same &= same - 1, --equals)

@@ -12,9 +12,11 @@ from upwell.errors import UpwellError
 
 COMMANDS = {
     "ask": "answer a question from a table: CSV, Parquet, JSON, Excel, SQLite",
-    "serve": "serve a model by OpenAI's API",
+    "serve": "serve a model by the APIs of OpenAI and Anthropic",
+    "key": "make an API key for the server",
     "run": "continue a prompt",
     "chat": "talk to a model",
+    "bench": "measure prefill, decode or serving",
     "inspect": "show a model's layers, parameters, bytes and cache",
     "convert": "convert a checkpoint: BF16 or W8A8 for Ascend A2 and A3, FP8 or FP4",
     "verify": "compare a converted checkpoint with its checksums",

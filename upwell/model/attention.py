@@ -13,8 +13,8 @@ from upwell.config import ModelConfig, Numerics
 from upwell.model.cache import LayerCache, Step, Tail
 from upwell.model.compressor import Compressor, fake_fp8_nope
 from upwell.model.indexer import Indexer
-from upwell.model.layers import Linear, RMSNorm
-from upwell.ops import attention_native
+from upwell.model.layers import Linear, RMSNorm, linears
+from upwell.ops import attention_native, linear_autograd
 from upwell.ops.attention import attend, attend_step
 from upwell.ops.indexer import select_step
 from upwell.ops.norm import rms_norm
@@ -51,13 +51,18 @@ class Attention(nn.Module):
         self.indexer = Indexer(config, numerics) if ratio == config.csa_ratio else None
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, step: Step | None = None) -> Tensor:
-        q_latent = self.q_norm(self.wq_a(x))
+        whole = cache is None or step is None
+        joined = [self.wq_a, self.wkv]
+        if whole and self.compressor is not None and not self.official:
+            joined += [self.compressor.wkv, self.compressor.wgate]
+        raw_latent, raw_kv, *pooled = linears(x, *joined)
+        q_latent = self.q_norm(raw_latent)
         raw_q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        kv = apply_rope(self.kv_norm(self.wkv(x)), rope.cos, rope.sin)
+        kv = apply_rope(self.kv_norm(raw_kv), rope.cos, rope.sin)
         if self.official:
             kv = fake_fp8_nope(kv, self.rope_dim)
         if cache is None or step is None:
-            return self._project_out(self._from_scratch(x, raw_q, q_latent, kv, rope))
+            return self._project_out(self._from_scratch(x, raw_q, q_latent, kv, pooled, rope))
         q = self._turned(raw_q, rope)
         if step.is_decode:
             out = self._decode(x, q, q_latent, kv, rope, cache, step)
@@ -73,16 +78,23 @@ class Attention(nn.Module):
     def _project_out(self, out: Tensor) -> Tensor:
         """Grouped low-rank projection: group i sees its own heads only. [B, S, H, d] -> [B, S, D]."""
         batch, steps = out.shape[:2]
+        if linear_autograd.usable(out, self.wo_a.weight):
+            return self.wo_b(linear_autograd.grouped_linear(out.flatten(-2), self.wo_a.weight, self.groups))
         grouped = out.reshape(batch * steps, self.groups, -1).transpose(0, 1)
         wo_a = self.wo_a.dense(out.dtype).view(self.groups, self.o_rank, -1)
         latent = torch.bmm(grouped, wo_a.transpose(1, 2))
         return self.wo_b(latent.transpose(0, 1).reshape(batch, steps, -1))
 
-    def _from_scratch(self, x: Tensor, raw_q: Tensor, q_latent: Tensor, kv: Tensor, rope: Rope) -> Tensor:
-        """Whole sequences from position 0, no cache; differentiable. Outputs are rotated back."""
+    def _from_scratch(
+        self, x: Tensor, raw_q: Tensor, q_latent: Tensor, kv: Tensor, pooled: list[Tensor], rope: Rope
+    ) -> Tensor:
+        """Whole sequences from position 0, no cache; differentiable. Outputs are rotated back.
+
+        pooled: the compressor's projections of x, or empty where it makes them itself.
+        """
         entries = selected = None
         if self.compressor is not None:
-            entries = self.compressor(x, rope.freqs)
+            entries = self.compressor(x, rope.freqs, (pooled[0], pooled[1]) if pooled else None)
             if self.indexer is not None and entries.shape[1] > self.indexer.topk:
                 keys = self.indexer.compressor(x, rope.freqs)
                 selected = self._select(x, q_latent, keys, rope, 0)

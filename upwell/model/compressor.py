@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upwell.config import ModelConfig, Numerics
 from upwell.model.cache import Step, Tail
-from upwell.model.layers import Linear, RMSNorm
+from upwell.model.layers import Linear, RMSNorm, linears
 from upwell.ops.compress import overlap_windows, pool_windows
 from upwell.ops.fake_quant import fake_fp4, fake_fp8, hadamard
 from upwell.ops.rope import apply_rope, rope_angles
@@ -40,14 +40,23 @@ class Compressor(nn.Module):
         """kv and gate (position bias added) of each token: [..., D], positions [...] -> [..., coff*d] twice, FP32."""
         if self.official:
             x = x.float()
-        kv, gate = self.wkv(x).float(), self.wgate(x).float()
-        return kv, gate + self.ape.float()[positions % self.ratio]
+        kv, gate = linears(x, self.wkv, self.wgate)
+        return kv.float(), self._biased(gate, positions)
 
-    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
-        """Entries of sequences from position 0, without a cache: [B, S, D] -> [B, S // m, d] in x's dtype."""
+    def _biased(self, gate: Tensor, positions: Tensor) -> Tensor:
+        return gate.float() + self.ape.float()[positions % self.ratio]
+
+    def forward(self, x: Tensor, freqs: Tensor, projected: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Entries of sequences from position 0, without a cache: [B, S, D] -> [B, S // m, d] in x's dtype.
+
+        projected: wkv x and wgate x [B, S, coff*d], where the caller has them.
+        """
         usable = x.shape[1] // self.ratio * self.ratio
         positions = torch.arange(usable, device=x.device)
-        kv, gate = self.project(x[:, :usable], positions)
+        if projected is None:
+            kv, gate = self.project(x[:, :usable], positions)
+        else:
+            kv, gate = projected[0][:, :usable].float(), self._biased(projected[1][:, :usable], positions)
         return self._pool(kv, gate, None, None, 0, freqs, x.dtype)
 
     def extend(self, x: Tensor, slot: int, start: int, tail: Tail, freqs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from upwell.config import ModelConfig
 from upwell.model.layers import Linear
+from upwell.ops import moe_native
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import linear
 from upwell.ops.moe import expert_hidden, grouped_experts, int8_experts, route, router_scores, swiglu
@@ -108,4 +109,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         experts, weights = self.gate(x, input_ids)
+        routed, shared = self.experts, self.shared_experts
+        dense = routed.w13, routed.w2, shared.w1.weight, shared.w3.weight, shared.w2.weight
+        if routed.packed is None and routed.limit == shared.limit and moe_native.usable(x, *dense):
+            return moe_native.experts_with_shared(x, experts, weights, *dense[:2], dense[2:], routed.limit)
         return self.experts(x, experts, weights) + self.shared_experts(x)

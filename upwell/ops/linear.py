@@ -9,7 +9,7 @@ from torch import Tensor
 from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8
 from upwell.formats.int8 import dequantize_int8
-from upwell.ops import npu
+from upwell.ops import linear_autograd, npu
 
 FP8 = torch.float8_e4m3fn
 PACKED_FP4 = torch.uint8
@@ -24,7 +24,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     if weight.dtype == torch.int8:
         assert scale is not None
         return int8_linear(x, weight, scale)
-    return F.linear(x, dense_weight(weight, scale, x.dtype))
+    dense = dense_weight(weight, scale, x.dtype)
+    return linear_autograd.linear(x, dense) if linear_autograd.usable(x, dense) else F.linear(x, dense)
 
 
 def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ _PAIR_BYTES = 256 << 20  # bound on the weights that gathered_experts copies at 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
     """sqrt(softplus(W x)): [T, D], [E, D] -> [T, E], FP32."""
-    return F.softplus(F.linear(x.float(), weight.float())).sqrt()
+    return F.softplus(linear(x.float(), weight.float())).sqrt()
 
 
 def route(scores: Tensor, k: int, scaling: float, bias: Tensor | None, experts: Tensor | None) -> tuple[Tensor, Tensor]:

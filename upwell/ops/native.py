@@ -9,12 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -157,21 +154,3 @@ def describe() -> str:
     if os.environ.get("UPWELL_KERNELS") == "off":
         return "CPU kernels: off (UPWELL_KERNELS=off), plain PyTorch"
     return "CPU kernels: not built (no C++ compiler at install), plain PyTorch"
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="upwell-kernels")
-
-
-def parallel_ranges(n: int, run: Callable[[int, int], None]) -> None:
-    """run(begin, end) over [0, n) cut into one range a torch thread; for kernels that take ranges."""
-    parts = min(torch.get_num_threads(), max(1, n // 128))
-    if parts == 1:
-        run(0, n)
-        return
-    bounds = [n * i // parts for i in range(parts + 1)]
-    futures = [_threads().submit(run, a, b) for a, b in pairwise(bounds[1:])]
-    run(0, bounds[1])
-    for future in futures:
-        future.result()
