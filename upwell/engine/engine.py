@@ -55,6 +55,7 @@ class EngineOptions(TypedDict, total=False):
     prefix_cache_bytes: int
     prefix_cache_dir: str | Path | None
     prefix_cache_disk_bytes: int
+    graphs: bool
     speculative_tokens: int | None
 
 
@@ -64,6 +65,7 @@ class Engine:
     `max_num_seqs` sequences run at once; with `max_queue`, a request is refused while as many more wait. The prefix
     cache keeps up to `prefix_cache_bytes` in memory and, given a directory, `prefix_cache_disk_bytes` there.
     `speculative_tokens` are drafted a step where that pays (speculative.py); 0 drafts none.
+    `graphs`: decode steps are captured as device graphs and replayed (npu, cuda).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         prefix_cache_dir: str | Path | None = None,
         prefix_cache_disk_bytes: int = PREFIX_CACHE_DISK_BYTES,
+        graphs: bool = False,
         speculative_tokens: int | None = None,
     ) -> None:
         sizes = {
@@ -99,7 +102,7 @@ class Engine:
         self.config = model.config
         vocab, eos = self.config.vocab_size, self.config.eos_token_id
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, vocab, eos)
-        self.runner = Runner(model, blocks, max_num_seqs)
+        self.runner = Runner(model, blocks, max_num_seqs, graphs)
         self.speculator = Speculator(self.runner, drafts) if drafts else None
         if self.speculator is not None:
             self.runner.reader = self.speculator.read

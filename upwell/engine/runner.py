@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS
+from upwell.engine.graphs import DecodeGraphs
 from upwell.engine.sequence import Sequence
 from upwell.model import KVCache, Step, Transformer
 from upwell.model.snapshot import copy_block, copy_slot
 
 
 class Runner:
-    """Owns model and cache. Each call extends the cache by the tokens it is given."""
+    """Owns model and cache. Each call extends the cache by the tokens it is given. `graphs`: decode by graphs."""
 
-    def __init__(self, model: Transformer, blocks: int, slots: int) -> None:
+    def __init__(self, model: Transformer, blocks: int, slots: int, graphs: bool = False) -> None:
         self.model = model
         self.cache = KVCache(model.config, blocks, slots, model.dtype, model.device)
+        self.graphs = DecodeGraphs(model, self.cache) if graphs else None
         self.computes_ragged = model.computes_ragged
         self.reader: Callable[[Sequence, int, Tensor], None] | None = None  # is shown prompts' streams
 
@@ -47,6 +49,8 @@ class Runner:
         ids = torch.tensor([[token for row in tokens for token in row]], device=device)
         slots, starts = [s.slot for s in sequences], [s.computed for s in sequences]
         step = Step(slots, starts, [len(row) for row in tokens], [s.table for s in sequences], device)
+        if self.graphs is not None and step.is_decode:
+            return self.graphs.streams([row[0] for row in tokens], step)
         return self.model.streams(ids, self.cache, step)
 
     @torch.inference_mode()

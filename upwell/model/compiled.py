@@ -33,7 +33,7 @@ _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held 
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
 _PANELS = 4
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 3}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
 
 class _Unsupported(Exception):

@@ -82,38 +82,33 @@ class Compressor(nn.Module):
         tail.kv[slot, at], tail.gate[slot, at] = kv[kept], gate[kept]
         return entries
 
-    def step(self, x: Tensor, step: Step, tail: Tail, freqs: Tensor) -> tuple[list[int], Tensor]:
-        """Decode: one token a sequence, x [B, D]. Returns who completes an entry, and the entries [b, d]."""
-        positions = torch.tensor(step.starts, device=x.device)
-        slots = torch.tensor(step.slots, device=x.device)
+    def step(self, x: Tensor, step: Step, tail: Tail, freqs: Tensor) -> Tensor | None:
+        """Decode: one token a sequence, x [B, D]. Returns each sequence's entry as far as it is known, [B, d]; None
+        where no sequence completes one. Its shapes depend on B alone."""
+        slots, positions = step.decode.slots, step.decode.positions
         kv, gate = self.project(x, positions)
         at = positions % tail.ring
         tail.kv[slots, at], tail.gate[slots, at] = kv, gate
-        closing = [b for b, start in enumerate(step.starts) if (start + 1) % self.ratio == 0]
-        if not closing:
-            return closing, x.new_empty(0, self.dim)
-        entries = []
-        for b in closing:
-            window = step.starts[b] // self.ratio
-            at = torch.arange(window * self.ratio, (window + 1) * self.ratio, device=x.device) % tail.ring
-            prior_kv = prior_gate = None
-            slot = step.slots[b]
-            if self.overlap and window > 0:
-                before = torch.arange((window - 1) * self.ratio, window * self.ratio, device=x.device) % tail.ring
-                prior_kv = tail.kv[slot, before, : self.dim].unsqueeze(0)
-                prior_gate = tail.gate[slot, before, : self.dim].unsqueeze(0)
-            entries.append(
-                self._pool(
-                    tail.kv[slot, at][None], tail.gate[slot, at][None], prior_kv, prior_gate, window, freqs, x.dtype
-                )[0]
-            )
-        return closing, torch.cat(entries)
+        if not step.may_complete(self.ratio):
+            return None
+        window = positions // self.ratio
+        first = (window * self.ratio).unsqueeze(1)
+        inside = torch.arange(self.ratio, device=x.device)
+        rows, at = slots.unsqueeze(1), (first + inside) % tail.ring
+        prior_kv = prior_gate = None
+        if self.overlap:
+            before = (first - self.ratio + inside) % tail.ring
+            prior_kv = tail.kv[rows, before][..., : self.dim]
+            none = (window == 0).view(-1, 1, 1)
+            prior_gate = tail.gate[rows, before][..., : self.dim].masked_fill(none, float("-inf"))
+        return self._pool(tail.kv[rows, at], tail.gate[rows, at], prior_kv, prior_gate, first, freqs, x.dtype)[:, 0]
 
     def _pool(
         self, kv: Tensor, gate: Tensor, prior_kv: Tensor | None, prior_gate: Tensor | None,
-        first: int, freqs: Tensor, dtype: torch.dtype,
+        first: int | Tensor, freqs: Tensor, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """Whole windows [B, n*m, coff*d] to entries [B, n, d], windows numbered from `first`."""
+        """Whole windows [B, n*m, coff*d] to entries [B, n, d]; the first is the window numbered `first`, or `first`
+        [B, 1] are the positions at which each sequence's one window begins."""
         n = kv.shape[1] // self.ratio
         if n == 0:
             return kv.new_empty(kv.shape[0], 0, self.dim, dtype=dtype)
@@ -121,7 +116,7 @@ class Compressor(nn.Module):
         if self.overlap:
             kv, gate = overlap_windows(kv, gate, prior_kv, prior_gate)
         entries = self.norm(pool_windows(kv, gate)).to(dtype)
-        at = torch.arange(first, first + n, device=kv.device) * self.ratio
+        at = first if isinstance(first, Tensor) else torch.arange(first, first + n, device=kv.device) * self.ratio
         cos, sin = rope_angles(at, freqs)
         entries = apply_rope(entries, cos, sin)
         if self.official:
