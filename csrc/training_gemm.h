@@ -22,49 +22,6 @@ struct Gemm {
   bool add;
 };
 
-// Lane i after step S of a transposition of a pair of rows S apart; H: which of the two.
-template <int S, int H>
-constexpr int swapped(int i) {
-  if (H == 0) return i & S ? kLanes + i - S : i;
-  return i & S ? kLanes + i : i + S;
-}
-template <int S, int H>
-INLINE Vec swap_blocks(Vec a, Vec b) {
-#define UPWELL_LANE(i) swapped<S, H>(i)
-#if VECTOR_BYTES == 64
-  return __builtin_shufflevector(a, b, UPWELL_LANE(0), UPWELL_LANE(1), UPWELL_LANE(2), UPWELL_LANE(3), UPWELL_LANE(4),
-                                 UPWELL_LANE(5), UPWELL_LANE(6), UPWELL_LANE(7), UPWELL_LANE(8), UPWELL_LANE(9),
-                                 UPWELL_LANE(10), UPWELL_LANE(11), UPWELL_LANE(12), UPWELL_LANE(13), UPWELL_LANE(14),
-                                 UPWELL_LANE(15));
-#elif VECTOR_BYTES == 32
-  return __builtin_shufflevector(a, b, UPWELL_LANE(0), UPWELL_LANE(1), UPWELL_LANE(2), UPWELL_LANE(3), UPWELL_LANE(4),
-                                 UPWELL_LANE(5), UPWELL_LANE(6), UPWELL_LANE(7));
-#else
-  return __builtin_shufflevector(a, b, UPWELL_LANE(0), UPWELL_LANE(1), UPWELL_LANE(2), UPWELL_LANE(3));
-#endif
-#undef UPWELL_LANE
-}
-template <int S>
-INLINE void transpose_step(Vec* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if ((i & S) == 0) {
-      const Vec a = v[i], b = v[i + S];
-      v[i] = swap_blocks<S, 0>(a, b);
-      v[i + S] = swap_blocks<S, 1>(a, b);
-    }
-}
-INLINE void transpose(Vec* v) {
-  transpose_step<1>(v);
-  transpose_step<2>(v);
-#if VECTOR_BYTES >= 32
-  transpose_step<4>(v);
-#endif
-#if VECTOR_BYTES == 64
-  transpose_step<8>(v);
-#endif
-}
-
 INLINE Vec load_some_of(const float* p, int64_t left) {  // zero beyond what is left
   if (left >= kLanes) return load(p);
   return left > 0 ? load_part(p, int(left)) : zero();

@@ -5,7 +5,7 @@
 constexpr int64_t kLinearRows = 512;    // tokens of a unit of work
 constexpr int64_t kGradRows = kTurnedRows;  // a weight gradient's unit: outputs
 constexpr int64_t kGradColumns = 128;   // and inputs
-constexpr int64_t kExpertRows = 256;    // rows that go through an expert together
+constexpr int64_t kTrainingExpertRows = 256;    // rows that go through an expert together
 
 INLINE int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
 INLINE int64_t part_from(int64_t index, int64_t part, int64_t n, int64_t* size) {
@@ -105,19 +105,19 @@ static void add_rows_of_tokens(const float* rows, const int64_t* back, int64_t k
 
 static int64_t experts_floats(const ExpertsTraining& a) {
   const int64_t inter = a.inter > a.shared_inter ? a.inter : a.shared_inter;
-  return kGemmFloats + kExpertRows * (2 * a.dim + 4 * inter);
+  return kGemmFloats + kTrainingExpertRows * (2 * a.dim + 4 * inter);
 }
 
 static void train_experts_forward(Worker& worker, void* argument) {
   const auto& a = *static_cast<const ExpertsTraining*>(argument);
   float* workspace = training_workspace(experts_floats(a));
-  float *x = workspace + kGemmFloats, *hidden = x + kExpertRows * a.dim;
+  float *x = workspace + kGemmFloats, *hidden = x + kTrainingExpertRows * a.dim;
   const int64_t chunks = parts_of(a.tokens, kLinearRows);
   worker.units(a.experts + chunks, [&](int64_t unit) {
     if (unit < a.experts) {
       const float *w13 = a.w13 + unit * 2 * a.inter * a.dim, *w2 = a.w2 + unit * a.dim * a.inter;
-      for (int64_t r = a.bounds[unit], end = a.bounds[unit + 1]; r < end; r += kExpertRows) {
-        const int64_t rows = end - r < kExpertRows ? end - r : kExpertRows, width = 2 * a.inter;
+      for (int64_t r = a.bounds[unit], end = a.bounds[unit + 1]; r < end; r += kTrainingExpertRows) {
+        const int64_t rows = end - r < kTrainingExpertRows ? end - r : kTrainingExpertRows, width = 2 * a.inter;
         float* inner = a.inner + r * width;
         gather_rows(a.x, a.source + r, rows, a.dim, x);
         gemm({x, a.dim, 1, w13, 1, a.dim, inner, width, rows, width, a.dim, false}, workspace);
@@ -128,8 +128,8 @@ static void train_experts_forward(Worker& worker, void* argument) {
     }
     int64_t most;
     const int64_t first = part_from(unit - a.experts, kLinearRows, a.tokens, &most);
-    for (int64_t t = first, end = first + most; t < end; t += kExpertRows) {
-      const int64_t rows = end - t < kExpertRows ? end - t : kExpertRows, half = a.shared_inter, width = 2 * half;
+    for (int64_t t = first, end = first + most; t < end; t += kTrainingExpertRows) {
+      const int64_t rows = end - t < kTrainingExpertRows ? end - t : kTrainingExpertRows, half = a.shared_inter, width = 2 * half;
       float* inner = a.shared_inner + t * width;
       const float* in = a.x + t * a.dim;
       gemm({in, a.dim, 1, a.shared_w1, 1, a.dim, inner, width, rows, half, a.dim, false}, workspace);
@@ -149,21 +149,21 @@ static void train_experts_forward(Worker& worker, void* argument) {
 static void train_experts_backward(Worker& worker, void* argument) {
   const auto& a = *static_cast<const ExpertsTraining*>(argument);
   float* workspace = training_workspace(experts_floats(a));
-  float *x = workspace + kGemmFloats, *grad_out = x + kExpertRows * a.dim, *rest = grad_out + kExpertRows * a.dim;
+  float *x = workspace + kGemmFloats, *grad_out = x + kTrainingExpertRows * a.dim, *rest = grad_out + kTrainingExpertRows * a.dim;
   const int64_t chunks = parts_of(a.tokens, kLinearRows);
   worker.units(a.experts + chunks, [&](int64_t unit) {
     if (unit < a.experts) {
       const int64_t width = 2 * a.inter;
       const float *w13 = a.w13 + unit * width * a.dim, *w2 = a.w2 + unit * a.dim * a.inter;
       float *grad_w13 = a.grad_w13 + unit * width * a.dim, *grad_w2 = a.grad_w2 + unit * a.dim * a.inter;
-      float *grad_hidden = rest, *hidden = rest + kExpertRows * a.inter, *grad_inner = hidden + kExpertRows * a.inter;
+      float *grad_hidden = rest, *hidden = rest + kTrainingExpertRows * a.inter, *grad_inner = hidden + kTrainingExpertRows * a.inter;
       const int64_t begin = a.bounds[unit], end = a.bounds[unit + 1];
       if (begin == end) {
         std::memset(grad_w13, 0, sizeof(float) * width * a.dim);
         std::memset(grad_w2, 0, sizeof(float) * a.dim * a.inter);
       }
-      for (int64_t r = begin; r < end; r += kExpertRows) {
-        const int64_t rows = end - r < kExpertRows ? end - r : kExpertRows;
+      for (int64_t r = begin; r < end; r += kTrainingExpertRows) {
+        const int64_t rows = end - r < kTrainingExpertRows ? end - r : kTrainingExpertRows;
         const float* inner = a.inner + r * width;
         gather_rows(a.x, a.source + r, rows, a.dim, x);
         gather_rows(a.grad, a.source + r, rows, a.dim, grad_out);
@@ -178,8 +178,8 @@ static void train_experts_backward(Worker& worker, void* argument) {
     }
     int64_t most;
     const int64_t first = part_from(unit - a.experts, kLinearRows, a.tokens, &most);
-    for (int64_t t = first, end = first + most; t < end; t += kExpertRows) {
-      const int64_t rows = end - t < kExpertRows ? end - t : kExpertRows, half = a.shared_inter, width = 2 * half;
+    for (int64_t t = first, end = first + most; t < end; t += kTrainingExpertRows) {
+      const int64_t rows = end - t < kTrainingExpertRows ? end - t : kTrainingExpertRows, half = a.shared_inter, width = 2 * half;
       const float* inner = a.shared_inner + t * width;
       float *hidden = a.shared_hidden + t * half, *grad_inner = a.shared_grad_inner + t * width;
       gemm({a.grad + t * a.dim, a.dim, 1, a.shared_w2, half, 1, rest, half, rows, half, a.dim, false}, workspace);

@@ -225,6 +225,11 @@ def plan(model: Transformer) -> Plan | None:
     return made
 
 
+def _dense_bytes(block: Any) -> int:
+    """Of one layer's weights that every token goes through."""
+    return sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
+
+
 def _make(model: Transformer) -> Plan | None:
     c = model.config
     weight = model.embed.weight
@@ -234,10 +239,7 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
-    dense = max(
-        sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
-        for block in model.layers
-    )
+    dense = max(_dense_bytes(block) for block in model.layers)
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,

@@ -42,7 +42,8 @@ def _weighted_hidden_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden values again, and the gradients of inner and of the rows' weights [R] (FP32)."""
     wide = grad.float()
-    grad_gate, grad_up, value = _swiglu_backward(*inner.float().chunk(2, dim=-1), limit, wide)
+    gate, up = inner.float().chunk(2, dim=-1)
+    grad_gate, grad_up, value = _swiglu_backward(gate, up, limit, wide)
     grad_weights = (wide * value).sum(-1)
     grad_inner = torch.cat((grad_gate, grad_up), dim=-1).mul_(row_weights).to(inner.dtype)
     return value.mul_(row_weights).to(inner.dtype), grad_inner, grad_weights

@@ -109,8 +109,11 @@ class _Answer:
         if not self.output or self.output[-1]["type"] != kind or self.output[-1]["status"] != "in_progress":
             yield from self._close()
             item: Item = {"type": kind, "id": _id("rs" if kind == "reasoning" else "msg"), "status": "in_progress",
-                    "content": []}  # fmt: skip
-            item |= {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+                          "content": []}  # fmt: skip
+            if kind == "reasoning":
+                item["summary"] = []
+            else:
+                item["role"] = "assistant"
             yield from self._open(item)
             empty: dict[str, Any] = {"type": "reasoning_text", "text": ""}
             if kind == "message":
