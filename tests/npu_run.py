@@ -59,7 +59,8 @@ def ids(length: int) -> list[int]:
 
 
 def engine(model: Transformer, **options: Any) -> LLM:
-    return LLM.from_model(model, None, max_num_seqs=4, cache_tokens=1024, **options)
+    options = {"max_num_seqs": 4, "cache_tokens": 1024, "speculative_tokens": 0, **options}
+    return LLM.from_model(model, None, **options)
 
 
 def tokens(llm: LLM, lengths: tuple[int, ...], params: SamplingParams) -> list[list[int]]:
@@ -98,6 +99,7 @@ def main() -> None:
         out["waits"] = dict(npu_device.waits)
         out["card"].append(tokens(card, (9,), DRAWN))
         card_draft = draft(card.model)
+        out["drafted"] = tokens(engine(card.model, speculative_tokens=1), LENGTHS, GREEDY)
     out["host"] = [tokens(host, LENGTHS, GREEDY), tokens(host, (9,), DRAWN)]
     out["draft_error"] = float((card_draft - draft(host.model)).abs().max())
 

@@ -42,6 +42,7 @@ def run() -> dict[str, Any]:
 def test_tokens_equal_the_cpus(run: dict[str, Any]) -> None:
     assert run["card"] == run["host"]
     assert [len(tokens) for tokens in run["card"][0]] == [4, 4, 4]
+    assert run["drafted"] == run["host"][0]
     assert run["draft_error"] < 1e-3
 
 
