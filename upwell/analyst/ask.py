@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Status = Literal["answer", "unsure", "refused"]
 
-SURE = 0.75  # confidence from which a reading counts as sure
+SURE = 0.65  # confidence from which a reading counts as sure
 DRAFT = 0.4  # weight of the keyword rules' own reading beside the model's probabilities
 ORDERS = 4  # column orders a question is asked under
 DRAWS = 3  # further plans drawn in each order, as candidates

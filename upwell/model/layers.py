@@ -30,12 +30,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.quantize_input:
             x = fake_fp8(x, 128)
-        if self._decoded is not None and not torch.is_grad_enabled():
+        if self._decoded is not None and self._decoded.dtype == x.dtype and not torch.is_grad_enabled():
             return torch.nn.functional.linear(x, self._decoded)
         return linear(x, self.weight, self.scale)
 
     def keep_decoded(self, dtype: torch.dtype) -> None:
-        """Hold the weight decoded too, for products that are small and many. Inputs must have this dtype."""
+        """Hold the weight decoded too, for products of inputs of this dtype that are small and many."""
         packed = self.scale is not None
         self._decoded = self.dense(dtype).detach() if packed else None
 
