@@ -257,9 +257,9 @@ def test_a_prompt_is_cut_finer_while_others_decode(ragged: bool, monkeypatch: py
     engine.add(decoding)
     engine.step()
     runs: list[list[int]] = []
-    streams = engine.runner.streams
+    extend = engine.runner._extend
     monkeypatch.setattr(
-        engine.runner, "streams", lambda batch: (runs.append([n for _, n in batch]), streams(batch))[1]
+        engine.runner, "_extend", lambda who, tokens: (runs.append([len(t) for t in tokens]), extend(who, tokens))[1]
     )
     engine.add(engine.request(ids(900, 1), few(1), lambda delta: None))
     engine.step()

@@ -232,7 +232,8 @@ class Engine:
         batch = self.scheduler.schedule(self.budget)
         decode = [(sequence, 1) for sequence in batch.decode]
         began = time.perf_counter()
-        if batch.decode and self.speculator is not None:
+        shares = self.runner.computes_ragged and bool(batch.prefill)
+        if self.speculator is not None and not (shares and self.speculator.rests):
             self._speculate(self.speculator, batch.decode)
             self._run(batch.prefill)
         elif self.runner.computes_ragged:

@@ -107,6 +107,11 @@ class Speculator:
             for name in ("e_proj", "h_proj"):
                 getattr(block, name).keep_decoded(self._model.dtype)
 
+    @property
+    def rests(self) -> bool:
+        """MTP hasn't paid of late: decoding may as well share a forward with prompts."""
+        return len(self._depths) == 1 or self._idle >= _LAG
+
     @torch.inference_mode()
     def propose(self, sequences: Items[Sequence]) -> list[Draft]:
         """A draft for each decoding sequence; without tokens where nothing is worth proposing."""
