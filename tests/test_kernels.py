@@ -16,6 +16,7 @@ from upwell.formats.fp4 import quantize_fp4
 from upwell.formats.fp8 import quantize_fp8
 from upwell.model import KVCache, Step, Transformer, compiled, indexer
 from upwell.model.init import init_weights
+from upwell.ops import indexer as ops_indexer
 from upwell.ops import native
 
 BASE = ModelConfig(
@@ -225,6 +226,7 @@ def test_selected_index_sets_equal_plain(isa: str, cuts: list[int], monkeypatch:
             patch.setattr(native, "Call", call_with_picks)
             outputs(model, ids, cuts)
     monkeypatch.setattr(indexer, "select_entries", keep)
+    monkeypatch.setattr(ops_indexer, "select_entries", keep)  # where a decode step chooses
     monkeypatch.setattr(compiled, "plan", lambda model: None)
     outputs(model, ids, cuts)
     assert len(plain_picks) == 2 * len(cuts) and all((picks >= 0).any() for picks in plain_picks)

@@ -286,6 +286,6 @@ def test_mixing_and_routing_weights_are_fp32_in_bf16(directory: str, ids: Tensor
     assert (u.dtype, post.dtype, comb.dtype, weights.dtype) == (torch.bfloat16, *[torch.float32] * 3)
     # Values, not only dtypes: as fine as FP32's, on the same BF16 streams.
     with torch.no_grad():
-        _, wide_post, wide_comb = block.hc_attn.enter(streams.bfloat16().float())
+        _, _, wide_post, wide_comb = block.hc_attn.enter(streams.bfloat16().float())
     torch.testing.assert_close(post, wide_post, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(comb, wide_comb, rtol=1e-5, atol=1e-6)

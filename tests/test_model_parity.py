@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import FULL_FORWARD, SPECS, Session, Spec, Twin, assert_close, path,
 from torch import Tensor
 
 from upwell.engine import LLM, SamplingParams
+from upwell.model import attention, indexer
 
 LENGTHS = [1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 513, 1025, 4097]
 CHUNKS = [7, 1, 121, 2, 129, 3, 255, 5, 64, 1, 1, 333, 4, 127]
@@ -77,14 +79,28 @@ def test_ragged_batches(twin: Twin, by: str) -> None:
         assert_close(session.result(i), run_clear(twin.theirs, ids[None])[0][0], f"sequence {i}")
 
 
-def picked_by_ours(twin: Twin) -> list[tuple[list[Tensor], list[torch.utils.hooks.RemovableHandle]]]:
-    watched = []
-    for block in twin.ours.layers:
-        if block.attn.indexer is not None:
-            rows: list[Tensor] = []
-            hook = block.attn.indexer.register_forward_hook(lambda m, args, out, rows=rows: rows.append(out[0]))
-            watched.append((rows, [hook]))
-    return watched
+def picked_by_ours(twin: Twin, way: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Each CSA layer's picks [S, K] in one run, of the tokens for which the indexer was asked."""
+    layers = sum(block.attn.indexer is not None for block in twin.ours.layers)
+    picked: list[Tensor] = []  # every forward asks all of these layers, one after another, or none
+    select, select_step = indexer.select_entries, attention.select_step
+
+    def keep(scores: Tensor, visible: Tensor, k: int) -> Tensor:
+        picks = select(scores, visible, k)
+        picked.append(picks[0])
+        return picks
+
+    def keep_step(*inputs: Any) -> Tensor:
+        picks = select_step(*inputs)
+        picked.append(picks)  # a decode step of one sequence
+        return picks
+
+    monkeypatch.setattr(indexer, "select_entries", keep)
+    monkeypatch.setattr(attention, "select_step", keep_step)
+    with path("modules"):
+        _run(twin, way)
+    assert layers or not picked
+    return [torch.cat(picked[i::layers]) for i in range(layers)]
 
 
 def _run(twin: Twin, way: str) -> None:
@@ -100,15 +116,9 @@ def _run(twin: Twin, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["prefill", "chunks"])
-def test_the_indexer_selects_the_same_entries(twin: Twin, way: str) -> None:
-    watched = picked_by_ours(twin)
+def test_the_indexer_selects_the_same_entries(twin: Twin, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     length = twin.spec.length
-    with path("modules"):
-        _run(twin, way)
-    for (rows, hooks), theirs in zip(watched, twin.picks, strict=True):
-        for hook in hooks:
-            hook.remove()
-        ours = torch.cat(rows)
+    for ours, theirs in zip(picked_by_ours(twin, way, monkeypatch), twin.picks, strict=True):
         # Our model asks the indexer only where there is a choice; before, each visible entry is read.
         identity, theirs_after = length - len(ours), theirs[length - len(ours) :]
         assert identity < 200 and len(ours) > 0

@@ -308,7 +308,10 @@ def test_compressor_in_any_pieces(rand: Callable[..., Tensor], ratio: int) -> No
             made, start = [], 0
             for n in pieces:
                 if n == 1 and start % 2:  # decode and prefill take turns
-                    made.append(compressor.step(x[start : start + 1], Step([2], [start], [1], [[0]]), tail, freqs)[1])
+                    entry = compressor.step(x[start : start + 1], Step([2], [start], [1], [[0]]), tail, freqs)
+                    assert (entry is not None) == ((start + 1) % ratio == 0)
+                    if entry is not None:
+                        made.append(entry)
                 else:
                     made.append(compressor.extend(x[start : start + n], 2, start, tail, freqs))
                 start += n

@@ -209,7 +209,8 @@ def test_a_reader_that_stops_is_dropped(served: Served, monkeypatch: pytest.Monk
     monkeypatch.setattr(wire, "SEND_TIMEOUT", 0.3)
     server = Served(ModelResponder(build_llm(max_num_seqs=4, cache_tokens=16384)))
     try:
-        body = json.dumps({"messages": HELLO, "stream": True, "max_tokens": 6000, "n": 4, "ignore_eos": True})
+        wide = {"logprobs": True, "top_logprobs": 20}  # more bytes than the sockets' buffers take
+        body = json.dumps({"messages": HELLO, "stream": True, "max_tokens": 6000, "n": 4, "ignore_eos": True, **wide})
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
