@@ -233,11 +233,19 @@ def test_head_collapse_matches_the_definition(tokens: int, h: int, dim: int, ker
         assert not hc_autograd.usable(tensors[0])
         return
 
-    def plain(streams: Tensor, *weights: Tensor) -> Tensor:
-        pre = hyper_connections.head_mix(streams, weights[0], weights[1], weights[2], 1e-2, 1e-6)
+    def plain(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
+        pre = hyper_connections.head_mix(streams, fn, base, scale, 1e-2, 1e-6)
         return hyper_connections.collapse(streams, pre)
 
-    assert_same(lambda x, f, b, s: hc_autograd.collapse(x, f, b, s, 1e-2, 1e-6), plain, tensors, False)
+    def ours(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
+        return hc_autograd.collapse(streams, fn, base, scale, 1e-2, 1e-6)
+
+    *most, scale = tensors
+    assert_same(lambda *inputs: ours(*inputs, scale), lambda *inputs: plain(*inputs, scale), most, False)
+    # The scale's gradient is one number, a sum that cancels: off by little of what its terms, one a token, amount to.
+    terms = derive(lambda one_each: plain(*most, one_each), [scale.expand(tokens, 1)], False)[1].double()
+    error = (derive(lambda s: ours(*most, s), [scale], False)[1].double() - terms.sum()).abs()
+    assert error <= 1e-5 * terms.abs().sum()
 
 
 @pytest.mark.parametrize(("tokens", "groups", "inputs", "outputs"), [(3, 2, 5, 4), (600, 4, 256, 64), (270, 3, 40, 50)])
