@@ -228,9 +228,9 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
+    blocks: list[Any] = list(model.layers)
     dense = max(
-        sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
-        for block in model.layers
+        sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters()) for block in blocks
     )
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
@@ -240,7 +240,6 @@ def _make(model: Transformer) -> Plan | None:
         c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
         build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
     )  # fmt: skip
-    blocks: list[Any] = list(model.layers)
     try:
         layers = (native.Layer * len(blocks))(*(build.layer(block) for block in blocks))
         mtp = [(native.Layer * 1)(build.layer(block)) for block in model.mtp]  # type: ignore[arg-type]
