@@ -248,7 +248,6 @@ def _make(model: Transformer) -> Plan | None:
         c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
         build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
     )  # fmt: skip
-    blocks: list[Any] = list(model.layers)
     try:
         layers = (native.Layer * len(blocks))(*(build.layer(block) for block in blocks))
         mtp = [(native.Layer * 1)(build.layer(block)) for block in model.mtp]  # type: ignore[arg-type]
