@@ -182,7 +182,7 @@ def read_memory(tensors: list[torch.Tensor]) -> int:
     lib = library()
     if lib is None:
         raise UpwellError("no CPU kernels here to read memory with", "install where a C++ compiler is")
-    spans = (Span * len(tensors))(*((t.data_ptr(), t.nbytes // 8) for t in tensors))
+    spans = (Span * len(tensors))(*(Span(t.data_ptr(), t.nbytes // 8) for t in tensors))
     lib.upwell_set_threads(torch.get_num_threads())
     lib.upwell_read(spans, len(tensors))
     return sum(8 * span.words for span in spans)
