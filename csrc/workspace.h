@@ -4,7 +4,7 @@ struct Buffers {
   float *z, *post, *comb, *x, *qa, *ckv, *cgate, *ikv, *igate, *iweights, *kv, *q, *iq, *attended, *latent, *y;
   float *scores, *route_weights, *gathered, *hidden, *up, *expert_out, *shared_out, *index_scores, *parts;
   float* turn[2];  // of window and compressed layers: a token's cosines and sines, see rotate
-  int32_t *picks, *route, *order, *pair_of, *group_start, *sequence_of, *finished;
+  int32_t *picks, *route, *order, *pair_of, *group_start, *active, *sequence_of, *finished;
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;
   Inputs inputs;
@@ -50,6 +50,7 @@ static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, in
   at.take(b.order, pairs);
   at.take(b.pair_of, pairs);
   at.take(b.group_start, m.experts + 1);
+  at.take(b.active, m.experts + 1);
   at.take(b.sequence_of, tokens);
   at.take(b.index_scores, threads * kIndexRows * score_row(entries));
 }
