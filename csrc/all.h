@@ -2,6 +2,7 @@
 #include "gemm.h"
 #include "attention.h"
 #include "indexer.h"
+#include "index_shorts.h"
 #include "mixing.h"
 #include "workspace.h"
 #include "layer.h"
@@ -11,6 +12,8 @@
 #include "forward.h"
 #ifndef UPWELL_INFERENCE_ONLY
 #include "training_rows.h"
+#include "training_gemm.h"
+#include "training_products.h"
 #include "training_attention.h"
 #include "training_streams.h"
 #endif

@@ -54,13 +54,13 @@ struct ByWeights : LayerPass {
     }
     if (most <= m.index_topk) return;
     int64_t parts = groups < w.team.size ? (w.team.size + groups - 1) / groups : 1;
-    const int64_t stride = score_row(most), step = max64(256, (most + parts * kTile - 1) / (parts * kTile) * kTile);
+    const int64_t step = max64(256, (most + parts * kTile - 1) / (parts * kTile) * kTile);
     parts = (most + step - 1) / step;
     const int64_t n = m.index_heads * m.index_dim;
     w.units(groups * parts, [&](int64_t u) {
       int64_t group = u / parts;
       const int64_t part = u % parts;
-      float* scores = b.index_scores + (parts > 1 ? group : w.id) * kIndexRows * stride;
+      float* scores = b.index_scores + (parts > 1 ? group : w.id) * kIndexRows * b.score_row;
       const Sequence* s = call.sequences;
       for (; group >= (s->length + kIndexRows - 1) / kIndexRows; ++s) group -= (s->length + kIndexRows - 1) / kIndexRows;
       const int64_t t0 = s->row + group * kIndexRows, count = min64(s->row + s->length - t0, kIndexRows);
@@ -69,10 +69,10 @@ struct ByWeights : LayerPass {
       if (part * step < entries) {
         __builtin_memcpy(b.index_q, b.iq + t0 * n, sizeof(float) * size_t(count * n));
         turn_index_queries(t0, count, b.index_q);
-        score_entries(l, c, t0, count, b.index_q, part * step, min64(entries, part * step + step), scores, stride);
+        score_entries(l, c, t0, count, b.index_q, part * step, min64(entries, part * step + step), scores);
       }
       if (parts > 1 && !last_part(u / parts, parts)) return;
-      select_entries(l, t0, count, scores, stride);
+      select_entries(l, t0, count, scores);
     });
     w.barrier();
   }

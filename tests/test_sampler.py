@@ -33,7 +33,10 @@ def sequence(prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **par
 def draws(count: int, logits: torch.Tensor = LOGITS, **params: Any) -> torch.Tensor:
     """Share of each token among draws of one sequence."""
     one = sequence(**params)
-    tokens = [sample(logits.clone()[None], [one], [None])[0].token for _ in range(count)]
+    tokens = []
+    for _ in range(count):
+        tokens.append(sample(logits.clone()[None], [one], [None])[0].token)
+        one.append(tokens[-1], None)  # the next token has a random number of its own
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
 
 

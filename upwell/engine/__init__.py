@@ -7,6 +7,7 @@ from upwell.engine.loop import EngineThread
 from upwell.engine.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
 from upwell.engine.params import SamplingParams, TokenMask
 from upwell.engine.stats import EngineStats
+from upwell.engine.structured import StructuredOutputs
 from upwell.engine.tokenizer import Tokenizer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "EngineThread",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprob",
     "TokenMask",
     "Tokenizer",

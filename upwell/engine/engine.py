@@ -9,7 +9,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence as Items
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,14 +22,16 @@ from upwell.engine.budget import ChunkBudget
 from upwell.engine.detokenizer import Detokenizer
 from upwell.engine.fingerprint import fingerprint
 from upwell.engine.outputs import Delta, FinishReason
-from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.params import Allowed, SamplingParams, TokenMask, allowed_after
 from upwell.engine.prefix import PREFIX_CACHE_BYTES, PrefixCache, next_cut
 from upwell.engine.prefix_disk import PREFIX_CACHE_DISK_BYTES, PrefixDisk
 from upwell.engine.runner import Runner
-from upwell.engine.sampler import sample
+from upwell.engine.sampler import Draw, sample
 from upwell.engine.scheduler import Scheduler
 from upwell.engine.sequence import Request, Sequence, Sink, Status
+from upwell.engine.speculative import MOST_DRAFTS, Draft, Speculator
 from upwell.engine.stats import EngineStats
+from upwell.engine.structured import GrammarCompiler, GrammarMask
 from upwell.engine.tokenizer import Tokenizer
 from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, UpwellError
 from upwell.model import Transformer
@@ -37,8 +39,7 @@ from upwell.model import Transformer
 PREFILL_CHUNK = 512  # prompt tokens a step while nothing decodes: as many as the kernels take at once
 MAX_NUM_SEQS = 32
 CACHE_TOKENS = 65536
-
-Ids = Items[int] | None
+SPECULATIVE_TOKENS = MOST_DRAFTS
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class EngineOptions(TypedDict, total=False):
     prefix_cache_bytes: int
     prefix_cache_dir: str | Path | None
     prefix_cache_disk_bytes: int
+    graphs: bool
+    speculative_tokens: int | None
 
 
 class Engine:
@@ -61,6 +64,8 @@ class Engine:
 
     `max_num_seqs` sequences run at once; with `max_queue`, a request is refused while as many more wait. The prefix
     cache keeps up to `prefix_cache_bytes` in memory and, given a directory, `prefix_cache_disk_bytes` there.
+    `speculative_tokens` are drafted a step where that pays (speculative.py); 0 drafts none.
+    `graphs`: decode steps are captured as device graphs and replayed (npu, cuda).
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class Engine:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         prefix_cache_dir: str | Path | None = None,
         prefix_cache_disk_bytes: int = PREFIX_CACHE_DISK_BYTES,
+        graphs: bool = False,
+        speculative_tokens: int | None = None,
     ) -> None:
         sizes = {
             "max_num_seqs": max_num_seqs, "cache_tokens": cache_tokens, "chunk": chunk,
@@ -87,17 +94,25 @@ class Engine:
             raise InputError(f"max_queue is {max_queue}, must be at least 0")
         if prefix_cache_dir is not None and not enable_prefix_caching:
             raise InputError("prefix_cache_dir is given, but prefix caching is off", "turn it on or leave this out")
+        drafts = SPECULATIVE_TOKENS if speculative_tokens is None else speculative_tokens
+        if not 0 <= drafts <= MOST_DRAFTS:
+            raise InputError(f"speculative_tokens is {drafts}, must be from 0 to {MOST_DRAFTS}")
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config
-        self.runner = Runner(model, blocks, max_num_seqs)
+        vocab, eos = self.config.vocab_size, self.config.eos_token_id
+        self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, vocab, eos)
+        self.runner = Runner(model, blocks, max_num_seqs, graphs)
+        self.speculator = Speculator(self.runner, drafts) if drafts else None
+        if self.speculator is not None:
+            self.runner.reader = self.speculator.read
         self.prefix: PrefixCache | None = None
         if enable_prefix_caching:
             disk = None
             if prefix_cache_dir is not None:
                 disk = PrefixDisk(Path(prefix_cache_dir), fingerprint(model), prefix_cache_disk_bytes)
             self.prefix = PrefixCache(self.runner.cache, prefix_cache_bytes, disk)
-        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix)
+        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix, self.runner.computes_ragged)
         self.budget = ChunkBudget(chunk)
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)
@@ -120,6 +135,8 @@ class Engine:
             blocks_total=scheduler.blocks.total, blocks_free=scheduler.blocks.free,
             prefix_queried_tokens=scheduler.prefix_queried, prefix_hit_tokens=scheduler.prefix_hits,
             generated_tokens=self._generated, prompt_tokens=self._prompted, preemptions=scheduler.preemptions,
+            draft_proposed=0 if self.speculator is None else self.speculator.proposed,
+            draft_accepted=0 if self.speculator is None else self.speculator.accepted,
         )  # fmt: skip
 
     def request(
@@ -159,9 +176,23 @@ class Engine:
         limit = room if params.max_tokens is None else params.max_tokens
         if params.min_tokens > limit:
             raise InputError(f"min_tokens is {params.min_tokens}, but the context has room for {limit}")
-        return Request(
-            prompt, list(prompt_token_ids), params, limit, self.config.eos_token_id, sink, token_mask, priority, timeout
-        )
+        new_mask = self._new_mask(prompt_token_ids, params, token_mask)
+        eos = self.config.eos_token_id
+        ids = list(prompt_token_ids)
+        return Request(prompt, ids, params, limit, eos, sink, token_mask, new_mask, priority, timeout)
+
+    def _new_mask(
+        self, prompt: list[int], params: SamplingParams, token_mask: TokenMask | None
+    ) -> Callable[[], GrammarMask] | None:
+        if params.structured_outputs is None:
+            return None
+        if token_mask is not None:
+            raise InputError("token_mask and structured_outputs are both given", "one of them decides what is allowed")
+        grammars = self._grammars
+        if grammars is None:
+            raise InputError("structured_outputs are given, but this model has no tokenizer")
+        matcher = grammars.compile(params.structured_outputs)
+        return lambda: grammars.mask(matcher, prompt)
 
     def admit(self, request: Request) -> None:
         """Take a request; `start` or `withdraw` must follow. Raises QueueFullError. Any thread may call it."""
@@ -198,17 +229,21 @@ class Engine:
     def step(self) -> None:
         """Decode one token of every running sequence and compute some prompt tokens beside it."""
         self._expire()
-        batch = self.scheduler.schedule(self.budget.tokens)
+        batch = self.scheduler.schedule(self.budget)
+        decode = [(sequence, 1) for sequence in batch.decode]
         began = time.perf_counter()
-        if batch.decode:
-            self._run([(sequence, 1) for sequence in batch.decode])
-        decoded = time.perf_counter()
-        if batch.prefill:
+        if batch.decode and self.speculator is not None:
+            self._speculate(self.speculator, batch.decode)
             self._run(batch.prefill)
-            if batch.decode:
-                tokens = sum(n for _, n in batch.prefill)
-                self.budget.measured(decoded - began, time.perf_counter() - decoded, tokens)
+        elif self.runner.computes_ragged:
+            self._run(decode + batch.prefill)
+        else:  # padding one token to a chunk would cost a chunk
+            self._run(decode)
+            self._run(batch.prefill)
+        self.budget.measured(len(decode), sum(n for _, n in batch.prefill), time.perf_counter() - began)
         for sequence in batch.restored:
+            if self.speculator is not None and sequence.restored is not None:
+                self.speculator.read(sequence, sequence.computed - 1, sequence.restored)
             self._run([(sequence, 0)])
 
     def fail_all(self, error: Exception) -> None:
@@ -260,6 +295,46 @@ class Engine:
             for sequence in (*(s for s, _ in batch), *(s for _, s in ready)):
                 self._fail(sequence, error)
 
+    def _speculate(self, speculator: Speculator, sequences: list[Sequence]) -> None:
+        """Draft for decoding sequences, and take of each draft what the model draws too, and one token more."""
+        sequences = [s for s in sequences if s.status is not Status.FINISHED]
+        if not sequences:
+            return
+        try:
+            drafts = speculator.propose(sequences)
+            for draft in drafts:
+                if draft.error is not None and not draft.tokens:
+                    self._fail(draft.sequence, draft.error)
+            drafts = [d for d in drafts if d.sequence.status is not Status.FINISHED]
+            if drafts:
+                self._verify(speculator, drafts)
+                speculator.clock(drafts)
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(sequences))
+            for sequence in sequences:
+                self._fail(sequence, error)
+
+    @torch.inference_mode()
+    def _verify(self, speculator: Speculator, drafts: list[Draft]) -> None:
+        streams = self.runner.verify([d.sequence for d in drafts], [d.tokens for d in drafts])
+        counts = [len(d.tokens) + d.is_open for d in drafts]
+        rows = [(d, k) for d, n in zip(drafts, counts, strict=True) for k in range(n)]
+        logits = self.runner.logits(torch.cat([part[:n] for part, n in zip(streams, counts, strict=True)]))
+        allowed, ahead = [d.allowed[k] for d, k in rows], [d.tokens[:k] for d, k in rows]
+        draws = iter(sample(logits, [d.sequence for d, _ in rows], allowed, ahead))
+        taken, accepted = [], []
+        for draft, count, part in zip(drafts, counts, streams, strict=True):
+            own = [next(draws) for _ in range(count)]
+            accepted.append(_agreeing(own, draft.tokens))
+            taken.append(own[: accepted[-1] + 1])
+            speculator.read(draft.sequence, draft.sequence.computed, part[: len(taken[-1])])
+        speculator.settle(drafts, accepted)
+        for draft, own in zip(drafts, taken, strict=True):
+            self.scheduler.computed(draft.sequence, 1)
+            draft.sequence.computed += len(own) - 1  # the last token counts as not computed, a drafted one or not
+            for draw in own:
+                self._append(draft.sequence, draw)
+
     @torch.inference_mode()
     def _save(self, sequence: Sequence, streams: Tensor) -> None:
         """Keep in the prefix cache what the sequence's prompt came to."""
@@ -272,29 +347,26 @@ class Engine:
             self.prefix.save_whole(keys, sequence.slot, sequence.table, streams)
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, sequences: list[Sequence], allowed: list[Ids]) -> None:
+    def _sample(self, logits: Tensor, sequences: list[Sequence], allowed: list[Allowed]) -> None:
         for sequence, draw in zip(sequences, sample(logits, sequences, allowed), strict=True):
-            if sequence.status is Status.FINISHED:
-                continue  # another's sink has just cancelled it
-            self._generated += 1
-            try:
-                sequence.append(draw.token, draw.logprob)
-            except Exception as error:  # of its sink or detokenizer
-                self._fail(sequence, error)
-                continue
-            if sequence.finish_reason is not None:
-                self._finish(sequence, sequence.finish_reason)
+            self._append(sequence, draw)
 
-    def _mask(self, sequence: Sequence) -> Ids:
-        """The ids allowed next, None for all. A mask that fails or allows nothing ends this sequence alone."""
-        mask = sequence.request.token_mask
-        if mask is None:
-            return None
+    def _append(self, sequence: Sequence, draw: Draw) -> None:
+        if sequence.status is Status.FINISHED:
+            return  # by itself, or another's sink has just cancelled it
+        self._generated += 1
         try:
-            allowed = mask(sequence.output)
-            if allowed is not None and not len(allowed):
-                raise EngineError(f"the token mask allows nothing after {len(sequence.output)} tokens")
-            return allowed
+            sequence.append(draw.token, draw.logprob)
+        except Exception as error:  # of its sink or detokenizer
+            self._fail(sequence, error)
+            return
+        if sequence.finish_reason is not None:
+            self._finish(sequence, sequence.finish_reason)
+
+    def _mask(self, sequence: Sequence) -> Allowed:
+        """The ids allowed next, None for all. A mask that fails or allows nothing ends this sequence alone."""
+        try:
+            return allowed_after(sequence.mask, sequence.output)
         except Exception as error:
             self._fail(sequence, error)
             return None
@@ -324,3 +396,9 @@ class Engine:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, params.stops, params.skip_special_tokens)
+
+
+def _agreeing(draws: list[Draw], tokens: list[int]) -> int:
+    """How many tokens, from the first, are those that were drawn."""
+    pairs = zip(draws, tokens, strict=False)
+    return next((k for k, (draw, token) in enumerate(pairs) if draw.token != token), min(len(draws), len(tokens)))

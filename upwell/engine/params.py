@@ -7,13 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from upwell.errors import InputError
+from torch import Tensor
 
-TokenMask = Callable[[list[int]], Sequence[int] | None]
-"""From the tokens generated so far to the ids allowed next; None allows all. Called once a token."""
+from upwell.engine.structured import StructuredOutputs
+from upwell.errors import EngineError, InputError
+
+Allowed = Sequence[int] | Tensor | None
+"""What may come next: ids, or a bit for each id (INT32 [vocab / 32], lowest bit first), or None for all."""
+
+TokenMask = Callable[[list[int]], Allowed]
+"""From the tokens generated so far to what is allowed next. Called for each token, and with speculative decoding for
+drafted tokens too, which may come to nothing: it should depend on nothing but its argument."""
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it would overflow
 MAX_LOGPROBS = 20
+
+
+def allowed_after(mask: TokenMask | None, output: list[int]) -> Allowed:
+    """What a mask says. Raises EngineError where it allows nothing."""
+    allowed = None if mask is None else mask(output)
+    if allowed is not None and not (allowed.any() if isinstance(allowed, Tensor) else len(allowed)):
+        raise EngineError(f"the token mask allows nothing after {len(output)} tokens")
+    return allowed
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,7 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0 or -1 is off. max_tokens None goes on to the end of the context. logprobs k gives
     the chosen token's and the k most likely ones'. stop strings end the text before them; stop_token_ids and the
-    end-of-sequence token are kept in token_ids, not in the text.
+    end-of-sequence token are kept in token_ids, not in the text. structured_outputs bind the text after any reasoning.
     """
 
     temperature: float = 1.0
@@ -42,6 +57,7 @@ class SamplingParams:
     n: int = 1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", 0.0, math.inf)
@@ -66,6 +82,11 @@ class SamplingParams:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be true or false")
         self._normalise_stops()
         self._normalise_bias()
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputs):
+                raise InputError(f"structured_outputs is {self.structured_outputs!r}, must be a StructuredOutputs")
+            if self.ignore_eos:
+                raise InputError("ignore_eos can't go with structured_outputs", "they end where their grammar ends")
 
     @property
     def is_greedy(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +11,7 @@ from enum import Enum
 from torch import Tensor
 
 from upwell.engine.detokenizer import Detokenizer
+from upwell.engine.lookup import Lookup
 from upwell.engine.outputs import Delta, FinishReason, TokenLogprob
 from upwell.engine.params import SamplingParams, TokenMask
 from upwell.engine.prefix import PrefixKeys
@@ -23,6 +24,18 @@ class Status(Enum):
     PREFILL = "prefill"  # has slot and blocks; some of its tokens aren't computed
     DECODE = "decode"  # one token, the last, isn't computed
     FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """The model's final streams [n, h, D] of a sequence's tokens from `start` on, which MTP has yet to read."""
+
+    start: int
+    streams: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.streams)
 
 
 @dataclass(eq=False)
@@ -39,6 +52,7 @@ class Request:
     eos_token_id: int
     sink: Sink
     token_mask: TokenMask | None = None
+    new_mask: Callable[[], TokenMask] | None = None  # for each completion one of its own
     priority: int = 0
     timeout: float | None = None
     deadline: float | None = None  # by time.monotonic()
@@ -52,6 +66,7 @@ class Sequence:
         self.order = (request.priority, arrival)
         self.detokenizer = detokenizer
         self.output: list[int] = []
+        self.mask = request.token_mask if request.new_mask is None else request.new_mask()
         self.counts: Counter[int] = Counter()  # of output tokens, for the penalties
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -59,10 +74,13 @@ class Sequence:
         self.slot = -1
         self.table: list[int] = []
         self.restored: Tensor | None = None  # streams [1, h, D] after the last token, where no token had to be computed
+        self.unread: Unread | None = None
+        self.lookup: Lookup | None = None
         self._keys: PrefixKeys | None = None
         params = request.params
         # An own source of randomness: nothing else in the batch can change what is drawn.
-        self.rng = random.Random(None if params.seed is None else f"{params.seed}/{index}")
+        self._random = random.Random(None if params.seed is None else f"{params.seed}/{index}")
+        self._uniforms: deque[float] = deque()
         self.end_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             self.end_ids.add(request.eos_token_id)
@@ -81,6 +99,13 @@ class Sequence:
             self._keys = PrefixKeys.of(self.tokens(0, len(self)))
         return self._keys
 
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) of the next token, or of the one `ahead` tokens after it: one for each token,
+        however often it is asked for."""
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[ahead]
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens start..stop-1 of prompt + output."""
         prompt = self.request.prompt_token_ids
@@ -92,9 +117,11 @@ class Sequence:
         """Take a drawn token, decide whether it is the last, and send what it adds."""
         self.output.append(token)
         self.counts[token] += 1
+        self.uniform()
+        self._uniforms.popleft()
         enough = len(self.output) >= self.params.min_tokens
         text = ""
-        if token in self.end_ids and enough:
+        if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
             self.finish_reason = "stop"
         else:
             if self.detokenizer is not None:

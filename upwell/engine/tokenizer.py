@@ -53,6 +53,10 @@ class Tokenizer:
         kept = (i for i in ids if not (skip_special_tokens and i in self.special_ids))
         return b"".join(map(self.bytes_of, kept)).decode("utf-8", errors="replace")
 
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of one token; none for an id that the vocabulary doesn't have."""
         if token_id in self._added:

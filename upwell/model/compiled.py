@@ -33,7 +33,7 @@ _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held 
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
 _PANELS = 4
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 3}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
 
 class _Unsupported(Exception):
@@ -48,6 +48,7 @@ class Plan:
     layers: Any  # array of native.Layer
     mtp: list[Any]  # an array of one Layer for each MTP block
     head: native.HeadCall
+    mtp_heads: list[native.HeadCall]
     kept: list[Any]
     owners: list[dict[str, Any]]  # where each tensor came from
     names: list[str]
@@ -175,6 +176,11 @@ class _Builder:
         self.kept.append(stored)
         return cast(stored, POINTER(native.Matrix))
 
+    def head(self, shape: native.Model, owner: Any, out: native.Matrix) -> native.HeadCall:
+        """Hyper head and norm of the model or of an MTP block, and the output head `out` that they share."""
+        mix = self.mix(owner.hc_head)
+        return native.HeadCall(pointer(shape), mix.fn, mix.base, mix.scale, self.vector(owner.norm), out)
+
     def layer(self, block: Block) -> native.Layer:
         attn, gate = block.attn, block.ffn.gate
         out = native.Layer()
@@ -219,6 +225,11 @@ def plan(model: Transformer) -> Plan | None:
     return made
 
 
+def _dense_bytes(block: Any) -> int:
+    """Of one layer's weights that every token goes through."""
+    return sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
+
+
 def _make(model: Transformer) -> Plan | None:
     c = model.config
     weight = model.embed.weight
@@ -228,10 +239,7 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
-    dense = max(
-        sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
-        for block in model.layers
-    )
+    dense = max(_dense_bytes(block) for block in model.layers)
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
@@ -244,17 +252,15 @@ def _make(model: Transformer) -> Plan | None:
     try:
         layers = (native.Layer * len(blocks))(*(build.layer(block) for block in blocks))
         mtp = [(native.Layer * 1)(build.layer(block)) for block in model.mtp]  # type: ignore[arg-type]
-        mix = build.mix(model.hc_head)
-        head = native.HeadCall(
-            pointer(shape), mix.fn, mix.base, mix.scale, build.vector(model.norm), build.linear(model.head)
-        )
+        out = build.linear(model.head)
+        head, *mtp_heads = (build.head(shape, owner, out) for owner in (model, *model.mtp))
     except _Unsupported:
         return None
     shape.by_tokens = int(build.formats == {_PANELS} and dense <= _CACHED_BYTES)
     owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
     copied = [tensor for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
     return Plan(
-        shape, layers, mtp, head, build.kept, owners, names, tensors, copied, [v for v in versions if v >= 0]
+        shape, layers, mtp, head, mtp_heads, build.kept, owners, names, tensors, copied, [v for v in versions if v >= 0]
     )  # fmt: skip
 
 
@@ -305,7 +311,7 @@ def run_layers(
             plan.caches[cache] = structs
         caches = structs[0] if mtp is None else structs[1 + mtp]
         layers = plan.layers if mtp is None else plan.mtp[mtp]
-        width = input_ids.shape[1]
+        first_rows = step.first_rows(input_ids)
         ids = input_ids.contiguous().view(-1)
         tables = [array("q", table) for table in step.tables]
         threads = torch.get_num_threads()
@@ -316,7 +322,7 @@ def run_layers(
             for at, (b, offset, count) in zip(sequences, parts, strict=True):
                 at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
                 at.table = tables[b].buffer_info()[0]
-                spans.append((b * width + offset, count))
+                spans.append((first_rows[b] + offset, count))
                 row += count
             first = spans[0][0]
             joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))
@@ -335,14 +341,14 @@ def run_layers(
     return True
 
 
-def run_head(plan: Plan, streams: Tensor, vocab: int) -> Tensor:
-    """streams [T, h, D] -> logits [T, V]."""
+def run_head(plan: Plan, streams: Tensor, vocab: int, mtp: int | None = None) -> Tensor:
+    """streams [T, h, D] -> logits [T, V], by the model's hyper head or MTP block `mtp`'s."""
     lib = native.library()
     assert lib is not None
     streams = streams.contiguous()
     logits = torch.empty(streams.shape[0], vocab)
     with plan.lock:
-        call = plan.head
+        call = plan.head if mtp is None else plan.mtp_heads[mtp]
         call.tokens, call.streams, call.logits = streams.shape[0], streams.data_ptr(), logits.data_ptr()
         threads = torch.get_num_threads()
         lib.upwell_set_threads(threads)

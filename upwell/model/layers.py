@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from upwell.ops import linear_autograd
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import dense_weight, linear
 from upwell.ops.norm import rms_norm
@@ -24,15 +25,35 @@ class Linear(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("scale", None)
         self.quantize_input = False
+        self._decoded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantize_input:
             x = fake_fp8(x, 128)
+        if self._decoded is not None and not torch.is_grad_enabled():
+            return torch.nn.functional.linear(x, self._decoded)
         return linear(x, self.weight, self.scale)
+
+    def keep_decoded(self, dtype: torch.dtype) -> None:
+        """Hold the weight decoded too, for products that are small and many. Inputs must have this dtype."""
+        packed = self.scale is not None
+        self._decoded = self.dense(dtype).detach() if packed else None
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        self._decoded = None
+        return super()._apply(fn, recurse)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight decoded to [out, in] of `dtype`."""
         return dense_weight(self.weight, self.scale, dtype)
+
+
+def linears(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several products of one x; in FP32 training on the CPU one node, so that x's gradient is summed as it is made."""
+    weights = [layer.weight for layer in layers]
+    if not any(layer.quantize_input for layer in layers) and linear_autograd.usable(x, *weights):
+        return linear_autograd.linears(x, *weights)
+    return tuple(layer(x) for layer in layers)
 
 
 class RMSNorm(nn.Module):

@@ -9,12 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -182,7 +179,7 @@ def read_memory(tensors: list[torch.Tensor]) -> int:
     lib = library()
     if lib is None:
         raise UpwellError("no CPU kernels here to read memory with", "install where a C++ compiler is")
-    spans = (Span * len(tensors))(*(Span(t.data_ptr(), t.nbytes // 8) for t in tensors))
+    spans = (Span * len(tensors))(*[Span(t.data_ptr(), t.nbytes // 8) for t in tensors])
     lib.upwell_set_threads(torch.get_num_threads())
     lib.upwell_read(spans, len(tensors))
     return sum(8 * span.words for span in spans)
@@ -202,21 +199,3 @@ def describe() -> str:
     if os.environ.get("UPWELL_KERNELS") == "off":
         return "CPU kernels: off (UPWELL_KERNELS=off), plain PyTorch"
     return "CPU kernels: not built (no C++ compiler at install), plain PyTorch"
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="upwell-kernels")
-
-
-def parallel_ranges(n: int, run: Callable[[int, int], None]) -> None:
-    """run(begin, end) over [0, n) cut into one range a torch thread; for kernels that take ranges."""
-    parts = min(torch.get_num_threads(), max(1, n // 128))
-    if parts == 1:
-        run(0, n)
-        return
-    bounds = [n * i // parts for i in range(parts + 1)]
-    futures = [_threads().submit(run, a, b) for a, b in pairwise(bounds[1:])]
-    run(0, bounds[1])
-    for future in futures:
-        future.result()

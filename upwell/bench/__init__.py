@@ -1,0 +1,1 @@
+"""Measuring a model here: `upwell bench prefill | decode | serve`."""

@@ -1,0 +1,77 @@
+"""How many tokens to draft: what has paid so far, by measured acceptance and time.
+
+A step that drafts k tokens brings 1 + a1 + a1 a2 + ... tokens a sequence, where a_d is how often the d-th draft is
+accepted once those before it were. Divided by what such a step takes, that is a speed; the fastest k is taken, 0 if
+that is none. Now and then a neighbour is tried again, for acceptance and times change.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+AGAIN = 64  # steps between trials
+_KEPT = 9  # times of each choice, of which the median counts
+_FIRST = 3  # steps of each choice before it is judged; the first of them warms up
+_DECAY = 0.98  # of acceptance, a draft
+_HOPELESS = 0.85  # of the best speed: drafting more isn't even tried
+
+
+class Acceptance:
+    """How often the d-th draft was accepted after the (d-1)-th was; recent ones count more."""
+
+    def __init__(self, most: int) -> None:
+        self._tried, self._taken = [1.0] * most, [0.7] * most  # before anything is known
+
+    def saw(self, drafted: int, accepted: int) -> None:
+        for d in range(min(accepted + 1, drafted, len(self._tried))):
+            self._tried[d] = self._tried[d] * _DECAY + 1
+            self._taken[d] = self._taken[d] * _DECAY + (d < accepted)
+
+    def tokens(self, k: int) -> float:
+        """Expected tokens of a step that drafts k."""
+        total = chain = 1.0
+        for tried, taken in zip(self._tried[:k], self._taken[:k], strict=True):
+            chain *= taken / tried
+            total += chain
+        return total
+
+
+class Pace:
+    """The choice for steps of one batch size among `choices`, numbers of drafts that rise from 0."""
+
+    def __init__(self, choices: Sequence[int], acceptance: Acceptance) -> None:
+        self.choices, self._acceptance = tuple(choices), acceptance
+        self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in choices]
+        self._counts = [0] * len(choices)
+        self._since = 0
+
+    def choose(self) -> int:
+        """How many tokens to draft in the next step."""
+        best, fastest = 0, 0.0
+        for i, k in enumerate(self.choices):
+            if self._counts[i] < _FIRST:
+                return k
+            speed = self._acceptance.tokens(k) / median(self._times[i])
+            if speed > fastest:
+                best, fastest = i, speed
+            elif speed < _HOPELESS * fastest:
+                break
+        self._since += 1
+        if self._since >= AGAIN:
+            self._since = 0
+            near = [i for i in (best - 1, best + 1) if 0 <= i < len(self.choices) and self._counts[i]]
+            best = min(near, key=lambda i: self._counts[i], default=best)
+        return self.choices[best]
+
+    def idle(self) -> None:
+        """A step in which nothing could be drafted."""
+        self._since += 1
+
+    def took(self, k: int, seconds: float) -> None:
+        """A step that drafted k tokens took this long."""
+        i = self.choices.index(k)
+        self._counts[i] += 1
+        if self._counts[i] > 1:
+            self._times[i].append(seconds)
