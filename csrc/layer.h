@@ -302,6 +302,10 @@ struct LayerPass {
     for (int64_t p = 0; p < pairs; ++p) b.pair_of[b.order[p] = b.group_start[b.route[p]]++] = int32_t(p);
     for (int64_t e = m.experts; e > 0; --e) b.group_start[e] = b.group_start[e - 1];
     b.group_start[0] = 0;
+    int32_t active = 0;  // experts that have tokens; their number stands last
+    for (int64_t e = 0; e < m.experts; ++e)
+      if (b.group_start[e + 1] > b.group_start[e]) b.active[active++] = int32_t(e);
+    b.active[m.experts] = active;
   }
 
   // hidden = silu(min(hidden, limit)) * clamp(up, limit), n floats.

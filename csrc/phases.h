@@ -10,16 +10,20 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   int64_t step = t;
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
-  w.units(tiles * cuts, [&](int64_t u) {
-    int64_t tile = u / cuts;
-    const int64_t t0 = u % cuts * step;
-    const Job* job = jobs;
-    for (; tile >= (job->m.rows + kTile - 1) / kTile; ++job) tile -= (job->m.rows + kTile - 1) / kTile;
-    const int64_t t1 = t0 + step < job->t ? t0 + step : job->t;
-    if (t0 >= t1) return;
-    const int64_t first = tile * kTile;
-    const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
-    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+  // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
+  const int64_t run = t <= kPackedRows ? max64(1, min64(4, tiles / (32 * w.team.size))) : 1;
+  w.units((tiles + run - 1) / run * cuts, [&](int64_t u) {
+    for (int64_t i = u / cuts * run; i < min64(tiles, u / cuts * run + run); ++i) {
+      int64_t tile = i;
+      const int64_t t0 = u % cuts * step;
+      const Job* job = jobs;
+      for (; tile >= (job->m.rows + kTile - 1) / kTile; ++job) tile -= (job->m.rows + kTile - 1) / kTile;
+      const int64_t t1 = t0 + step < job->t ? t0 + step : job->t;
+      if (t0 >= t1) continue;
+      const int64_t first = tile * kTile;
+      const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
+      run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+    }
   });
 }
 
@@ -170,9 +174,10 @@ struct ByWeights : LayerPass {
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
     const int64_t cut = T > 192 ? 96 : T, cuts = (T + cut - 1) / cut;
-    w.units(E * tiles + shared_tiles * cuts, [&](int64_t u) {
+    const int64_t active = b.active[E];
+    w.units(active * tiles + shared_tiles * cuts, [&](int64_t u) {
       const bool shared = u < shared_tiles * cuts;  // first, as these are the largest
-      const int64_t e = shared ? E : (u - shared_tiles * cuts) / tiles;
+      const int64_t e = shared ? E : b.active[(u - shared_tiles * cuts) / tiles];
       const int64_t tile = shared ? u / cuts : (u - shared_tiles * cuts) % tiles;
       const int64_t inter = shared ? m.shared_inter : m.inter;
       const int64_t r0 = shared ? u % cuts * cut : b.group_start[e];
@@ -189,9 +194,9 @@ struct ByWeights : LayerPass {
     });
     w.barrier();
     const int64_t out_tiles = (m.hidden + kTile - 1) / kTile;
-    w.units((E + cuts) * out_tiles, [&](int64_t u) {
+    w.units((active + cuts) * out_tiles, [&](int64_t u) {
       const bool shared = u < cuts * out_tiles;
-      const int64_t e = shared ? E : (u - cuts * out_tiles) / out_tiles;
+      const int64_t e = shared ? E : b.active[(u - cuts * out_tiles) / out_tiles];
       const int64_t first = u % out_tiles * kTile;
       const int64_t r0 = shared ? u / out_tiles * cut : b.group_start[e];
       const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];

@@ -96,8 +96,10 @@ def test_extremes_are_where_plain_has_them(isa: str, kind: str, value: float) ->
         x[-1, 77] = value
         got, plain = product(x, weight, scale), linear(x, weight, scale)
         assert torch.equal(got.isnan(), plain.isnan()) and torch.equal(got.isinf(), plain.isinf())
+        # FP4's products by bytes round an input to 2^-22 of the largest in its group, whatever that one's weight is.
+        largest = x.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True) * dense_weight(weight, scale, x.dtype).abs().max()
         finite = plain.isfinite()
-        assert torch.allclose(got[finite], plain[finite], rtol=1e-4, atol=1e-4)
+        assert ((got - plain).abs() <= 1e-4 * (1 + plain.abs()) + 1e-5 * largest)[finite].all()
         only = torch.full_like(x, value if abs(value) < 1 else 0.0)  # nothing but zeros or subnormals
         assert_close(only, weight, scale)
 
