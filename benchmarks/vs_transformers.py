@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -252,29 +251,64 @@ def training(model_logits: Callable[[Any], Any], model: Any, ids: Any) -> Callab
 
 
 def long_prefill() -> None:
-    """In a process of its own: our 16k prefill's cost per token against 1k's, and its peak memory above weights."""
+    """In a process of its own: our 16k prefill's cost per token against 1k's."""
     import torch
 
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
-    theirs, model = build()
-    del theirs
-    ours = Ours(model)
+    ours = Ours(own_model())
     ids = torch.randint(0, GEOMETRY["vocab_size"], (1, 16384))
     ours.prefill(ids[:, :8])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds: dict[int, list[float]] = {1024: [], 16384: []}
     for _ in range(3):
         for n, kept in seconds.items():
             begin = time.perf_counter()
             ours.prefill(ids[:, :n])
             kept.append((time.perf_counter() - begin) / n)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    weights = sum(p.nbytes for p in model.parameters())
+    print(json.dumps({f"per_token_{n // 1024}k_s": statistics.median(kept) for n, kept in seconds.items()}))
+
+
+def prefill_memory() -> None:
+    """In a process of its own, which has run nothing before: what a 16k prefill takes besides the model."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
+    model = own_model()
+    ids = torch.randint(0, GEOMETRY["vocab_size"], (1, 16384))
+    held = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    Ours(model).prefill(ids)
     print(json.dumps({
-        "per_token_1k_s": statistics.median(seconds[1024]), "per_token_16k_s": statistics.median(seconds[16384]),
-        "peak_above_start_bytes": peak * 1024, "weight_bytes": weights,
+        "peak_above_start_bytes": memory("VmHWM") - held, "weight_bytes": sum(p.nbytes for p in model.parameters()),
     }))  # fmt: skip
+
+
+def own_model() -> Any:
+    """Our model alone, with random weights."""
+    from transformers import DeepseekV4Config
+
+    from upwell.config import ModelConfig
+    from upwell.model import Transformer
+    from upwell.model.init import init_weights
+
+    config = ModelConfig.from_dict(DeepseekV4Config(**GEOMETRY).to_dict()).with_mtp(0)
+    return init_weights(Transformer(config), 0).eval()
+
+
+def memory(name: str) -> int:
+    """Bytes of this process by a line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {name}")
+
+
+def alone(what: str) -> dict[str, Any]:
+    """The JSON that this script prints in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True, env=os.environ)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -283,11 +317,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", choices=("prefill", "decode", "train"))
     parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--prefill-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-    if args.long_prefill:
-        long_prefill()
+    if args.long_prefill or args.prefill_memory:
+        long_prefill() if args.long_prefill else prefill_memory()
         return
 
     import torch
@@ -318,10 +353,7 @@ def main() -> None:
             )
             report.add(f"prefill {n}", n, *times)
     if args.only in (None, "prefill") and not args.quick:
-        done = subprocess.run(
-            [sys.executable, __file__, "--long-prefill"], capture_output=True, text=True, check=True, env=os.environ
-        )
-        extra = json.loads(done.stdout.splitlines()[-1])
+        extra = alone("--long-prefill") | alone("--prefill-memory")
         growth = extra["per_token_16k_s"] / extra["per_token_1k_s"]
         above = extra["peak_above_start_bytes"] / 2**20
         print(f"prefill 16k: cost per token {growth:.2f}x that at 1k (bar 1.5x), peak {above:.0f} MiB above weights "

@@ -2,12 +2,18 @@
 #include "gemm.h"
 #include "attention.h"
 #include "indexer.h"
+#include "index_shorts.h"
 #include "mixing.h"
 #include "workspace.h"
 #include "layer.h"
 #include "phases.h"
 #include "blocks.h"
+#include "product.h"
 #include "forward.h"
+#ifndef UPWELL_INFERENCE_ONLY
 #include "training_rows.h"
+#include "training_gemm.h"
+#include "training_products.h"
 #include "training_attention.h"
 #include "training_streams.h"
+#endif

@@ -18,9 +18,10 @@ INLINE void rotate(float* x, const float* turn, int64_t rope, float sign) {
 // Not inlined: its R pointers need the registers. Returns the larger of `best` and the scores.
 template <int R>
 static __attribute__((noinline)) Vec score_rows(const float* const* rows, const float* qt, int64_t dim, float* out, Vec best) {
-  Vec acc[R] = {};
+  Vec acc[R];
   const float* r[R];
-  for (int i = 0; i < R; ++i) r[i] = rows[i];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) acc[i] = zero(), r[i] = rows[i];
   for (int64_t k = 0; k < dim; ++k, qt += kLanes) {
     const Vec q = load(qt);
     for (int i = 0; i < R; ++i) acc[i] += splat(r[i][k]) * q;

@@ -7,7 +7,8 @@ constexpr int64_t kExpertRows = 96;   // an expert's tokens at a time
 constexpr int64_t kSkew = 16;         // floats that keep rows of 4 KiB from meeting in one set of the L1 cache
 
 struct OwnBuffers {  // of one thread, for a block
-  float *z, *x, *q, *iq, *attended, *latent, *y, *scores, *gathered, *hidden, *up;
+  float *z, *x, *q, *iq, *attended, *latent, *y, *scores, *gathered, *hidden, *up, *factor;
+  int32_t *pairs, *key_pairs;
 };
 
 static bool by_tokens(const Model& m, int64_t tokens, int threads) { return m.by_tokens && tokens >= 24 * threads; }
@@ -30,6 +31,9 @@ static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, c
     own.take(o.latent, kBlock * m.groups * m.o_rank);
     own.take(o.y, kBlock * m.hidden);
     own.take(o.scores, kBlock * m.experts);
+    own.take(o.pairs, kIndexRows * m.index_heads * ((m.index_dim + 1) / 2));
+    own.take(o.factor, kIndexRows * m.index_heads);
+    own.take(o.key_pairs, (m.index_dim + 1) / 2 * kTile);
     own.take(o.gathered, kExpertRows * m.hidden);
     own.take(o.hidden, kExpertRows * inter);
     own.take(o.up, kExpertRows * inter);
@@ -79,11 +83,12 @@ struct ByTokens : LayerPass {
       count = min64(min64(n - i, kIndexRows), s.row + s.length - t0 - i);
       const int64_t entries = visible(l, t0 + i + count - 1);
       if (entries <= m.index_topk) continue;
-      const int64_t stride = score_row(entries);
-      float* scores = b.index_scores + w.id * kIndexRows * stride;
+      float* scores = b.index_scores + w.id * kIndexRows * b.score_row;
       turn_index_queries(t0 + i, count, o.iq + i * width);
-      score_entries(l, c, t0 + i, count, o.iq + i * width, 0, entries, scores, stride);
-      select_entries(l, t0 + i, count, scores, stride);
+      if (kShorts && choose_by_shorts(l, c, t0 + i, count, o.iq + i * width, entries, scores, o.pairs, o.factor, o.key_pairs))
+        continue;
+      score_entries(l, c, t0 + i, count, o.iq + i * width, 0, entries, scores);
+      select_entries(l, t0 + i, count, scores);
     }
   }
 

@@ -1,5 +1,9 @@
 // Picks the instruction set at run time, and the C entry points.
 #include "kernels.h"
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace upwell {
 namespace {
@@ -11,18 +15,24 @@ struct Choice {
 
 bool runs(const char* name) {
 #if defined(__x86_64__)
+  if (std::strcmp(name, "avx512vnni") == 0) return runs("avx512") && __builtin_cpu_supports("avx512vnni");
   if (std::strcmp(name, "avx512") == 0)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+  if (std::strcmp(name, "dotprod") == 0) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
   return std::strcmp(name, "baseline") == 0;
 }
 
 const Choice choices[] = {
 #if defined(__x86_64__)
+    {"avx512vnni", &avx512vnni::kernels},
     {"avx512", &avx512::kernels},
     {"avx2", &avx2::kernels},
+#elif defined(__aarch64__)
+    {"dotprod", &dotprod::kernels},
 #endif
     {"baseline", &baseline::kernels},
 };
@@ -77,4 +87,10 @@ int64_t upwell_head_workspace_bytes(const upwell::HeadCall* call, int threads) {
 }
 
 void upwell_head(upwell::HeadCall* call) { upwell::run_team(upwell::current->kernels->head, call); }
+
+int64_t upwell_product_workspace_bytes(int64_t cols, int threads) {
+  return upwell::current->kernels->product_workspace_bytes(cols, threads);
+}
+
+void upwell_product(upwell::ProductCall* call) { upwell::run_team(upwell::current->kernels->product, call); }
 }

@@ -34,8 +34,11 @@ static void head_body(Worker& w, void* argument) {
   const int64_t widest = max64(h * m.hidden, m.hidden);
   Buffers b;
   float *z = call.workspace, *x = z + T * h;
-  b.tile = x + T * m.hidden + w.id * widest * (kTile + 4);
+  const int64_t packed = kPackedRows * packed_row_bytes(widest) / 4 + 16;
+  b.tile = x + T * m.hidden + w.id * (widest * (kTile + 4) + packed);
   b.rows_buffer = b.tile + widest * kTile;
+  const auto space = reinterpret_cast<uintptr_t>(b.rows_buffer + widest * 4);
+  b.inputs.space = reinterpret_cast<char*>((space + 63) / 64 * 64);
   Job job{call.fn, call.streams, h * m.hidden, T, z, h};
   run_jobs(w, b, &job, 1);
   w.barrier();
@@ -52,8 +55,10 @@ static void head_body(Worker& w, void* argument) {
 
 static int64_t head_workspace_bytes(const Model& m, int64_t tokens, int threads) {
   const int64_t widest = m.streams * m.hidden;
-  return 4 * (tokens * (m.streams + m.hidden) + threads * widest * (kTile + 4));
+  return 4 * (tokens * (m.streams + m.hidden) + threads * (widest * (kTile + 4) + 16)) +
+         threads * kPackedRows * packed_row_bytes(widest);
 }
 
 extern const Kernels kernels;
-const Kernels kernels{forward_body, head_body, workspace_bytes, head_workspace_bytes};
+const Kernels kernels{forward_body,    head_body,            product_body,
+                      workspace_bytes, head_workspace_bytes, product_workspace_bytes};

@@ -70,6 +70,8 @@ static const float* weight_row(const Matrix& m, int64_t row, float* buffer) {
   return buffer;
 }
 
+#include "packed.h"
+
 // R weight rows times C input rows, all lanes along the columns.
 template <int R, int C>
 INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo) {
@@ -221,10 +223,13 @@ struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
 };
 
 // Weight rows [first, first + width) of a job for its rows [t0, t1). tile: [cols * kTile] scratch, buffer [4 cols].
-static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_t t1, float* tile, float* buffer) {
+// inputs: where given, packed weights are decoded in registers (packed.h); x doesn't change while `phase` is the same.
+static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_t t1, float* tile, float* buffer,
+                    Inputs* inputs = nullptr, int phase = 0) {
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
+  if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, phase)) return;
   if (job.m.format == kPanels) {
     const float* panel = static_cast<const float*>(job.m.data) + first / kPanel * kPanel * n + first % kPanel;
     times_tile<kPanel>(x, job.ldx, t, panel, n, out, job.ldo, width);

@@ -11,27 +11,29 @@ static void key_tile(const float* const* rows, int n, int64_t c, float* tile) {
     }
 }
 
-// s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
-INLINE void index_tile(const float* q, const float* w, int64_t heads, int64_t c, const float* tile, float* out) {
-  Vec s0{}, s1{};
-  for (int64_t h = 0; h < heads; h += 4) {
-    const int count = heads - h < 4 ? int(heads - h) : 4;
-    Vec a0[4] = {}, a1[4] = {};
-    const float* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = q + (h + (i < count ? i : 0)) * c;
-    for (int64_t k = 0; k < c; ++k) {
-      const Vec b0 = load(tile + k * kTile), b1 = load(tile + k * kTile + kLanes);
-      for (int i = 0; i < 4; ++i) {
-        const Vec v = splat(rows[i][k]);
-        a0[i] += v * b0;
-        a1[i] += v * b1;
-      }
-    }
-    for (int i = 0; i < count; ++i) {
-      s0 += select(a0[i] < 0.0f, zero(), a0[i]) * w[h + i];
-      s1 += select(a1[i] < 0.0f, zero(), a1[i]) * w[h + i];
+template <int H>
+INLINE void index_heads(const float* q, const float* w, int64_t c, const float* tile, Vec& s0, Vec& s1) {
+  Vec a0[H] = {}, a1[H] = {};
+  for (int64_t k = 0; k < c; ++k) {
+    const Vec b0 = load(tile + k * kTile), b1 = load(tile + k * kTile + kLanes);
+    for (int h = 0; h < H; ++h) {
+      const Vec v = splat(q[h * c + k]);
+      a0[h] += v * b0;
+      a1[h] += v * b1;
     }
   }
+  for (int h = 0; h < H; ++h) {
+    s0 += select(a0[h] < 0.0f, zero(), a0[h]) * w[h];
+    s1 += select(a1[h] < 0.0f, zero(), a1[h]) * w[h];
+  }
+}
+
+// s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
+static void index_tile(const float* q, const float* w, int64_t heads, int64_t c, const float* tile, float* out) {
+  Vec s0{}, s1{};
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) index_heads<4>(q + h * c, w + h, c, tile, s0, s1);
+  for (; h < heads; ++h) index_heads<1>(q + h * c, w + h, c, tile, s0, s1);
   store(out, s0);
   store(out + kLanes, s1);
 }
@@ -48,9 +50,20 @@ INLINE int64_t rank_key(float score, int64_t index) {  // larger is better; of e
 
 INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 
-// Indices of the k best of scores [n], k < n, ascending. The scores' place, padded to whole vectors, is overwritten.
-// The k-th best is found by halving the range of values: no branch depends on the data.
-static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
+INLINE float unordered(int32_t key) {  // the inverse of `ordered`
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct Cut {  // `above` <= k keys exceed `bound`; where fewer than k do, the rest are equal to it
+  int64_t bound, above;
+};
+
+// Turns scores [n], k < n, padded to whole vectors, into ordered keys and finds where the k best end, by halving the
+// range of values: no branch depends on the data.
+static Cut cut_best(float* scores, int64_t n, int64_t k) {
   auto* keys = reinterpret_cast<int32_t*>(scores);
   const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = n; i < padded; ++i) scores[i] = -__builtin_inff();
@@ -65,8 +78,7 @@ static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
   int64_t below = INT32_MAX, top = INT32_MIN;
   for (int i = 0; i < kLanes; ++i) below = low[i] < below ? low[i] : below, top = high[i] > top ? high[i] : top;
   --below;
-  // More than k are above `below`, fewer than k above `top`, until exactly k are, or only equals are left between.
-  int64_t above_top = 0;
+  int64_t above_top = 0;  // more than k exceed `below`, fewer than k exceed `top`
   while (top - below > 1) {
     const int64_t middle = below + (top - below) / 2;
     const VecI bound = VecI{} + int32_t(middle);
@@ -78,9 +90,16 @@ static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
     else top = middle, above_top = above;
     if (above == k) break;
   }
-  int64_t equals = k - above_top;  // how many of those equal to `top` are taken, the first ones
-  const VecI bound = VecI{} + int32_t(top);
-  for (int64_t i = 0; i < padded; i += kLanes) {
+  return {top, above_top};
+}
+
+// Indices of the k best of scores [n], k < n, ascending. The scores' place is overwritten.
+static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
+  const Cut cut = cut_best(scores, n, k);
+  const auto* keys = reinterpret_cast<int32_t*>(scores);
+  int64_t equals = k - cut.above;  // of those equal to the bound, the first ones are taken
+  const VecI bound = VecI{} + int32_t(cut.bound);
+  for (int64_t i = 0; i < n; i += kLanes) {
     const VecI key = load_ints(keys + i);
     unsigned more = lane_bits(key > bound);
     for (unsigned same = equals > 0 ? lane_bits(key == bound) : 0; same != 0 && equals > 0; same &= same - 1, --equals)

@@ -2,7 +2,10 @@
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,16 +16,20 @@
 namespace upwell {
 
 struct Kernels {
-  Body forward, head;
+  Body forward, head, product;
   int64_t (*workspace_bytes)(const Model&, const Layer*, int64_t layers, const Sequence*, int64_t sequences,
                              int64_t tokens, int threads);
   int64_t (*head_workspace_bytes)(const Model&, int64_t tokens, int threads);
+  int64_t (*product_workspace_bytes)(int64_t cols, int threads);
 };
 
 namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
+#elif defined(__aarch64__)
+namespace dotprod { extern const Kernels kernels; }
 #endif
 
 }  // namespace upwell

@@ -165,9 +165,9 @@ struct LayerPass {
   }
 
   // Scores of the sequence's entries [e0, e1) for its `count` <= kIndexRows queries from token t0 on, iq [count, n, c]
-  // turned already. scores: one row of `stride` a query. e0 is a multiple of kTile.
+  // turned already. scores: a row of b.score_row a query. e0 is a multiple of kTile.
   void score_entries(const Layer& l, const LayerCache& c, int64_t t0, int64_t count, const float* iq, int64_t e0,
-                     int64_t e1, float* scores, int64_t stride) {
+                     int64_t e1, float* scores) {
     const int64_t n = m.index_heads, dim = m.index_dim;
     const RowsOfPool row(sequence(t0).table, call.block_tokens / l.ratio);
     for (int64_t e = e0; e < e1; e += kTile) {
@@ -178,17 +178,65 @@ struct LayerPass {
       }
       key_tile(b.pointers, keys, dim, b.tile);
       for (int64_t i = 0; i < count; ++i)
-        index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * stride + e);
+        index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * b.score_row + e);
     }
+  }
+  // The same choice as score_entries and select_entries, by way of 16-bit scores (index_shorts.h): sets b.picks.
+  // False where FP32 has to serve. pairs [count, n, (c+1)/2], factor [count, n]: scratch.
+  bool choose_by_shorts(const Layer& l, const LayerCache& c, int64_t t0, int64_t count, const float* iq, int64_t entries,
+                        float* scores, int32_t* pairs, float* factor, int32_t* key_pairs) {
+    const int64_t n = m.index_heads, dim = m.index_dim, half = (dim + 1) / 2;
+    const RowsOfPool row(sequence(t0).table, call.block_tokens / l.ratio);
+    auto fetch = [&](const int32_t* list, int64_t first, int keys) {
+      for (int r = 0; r < keys; ++r) b.pointers[r] = c.index_keys + row(list ? list[r] : first + r) * dim;
+      key_tile(b.pointers, keys, dim, b.tile);
+    };
+    float size[kIndexRows];
+    for (int64_t i = 0; i < count; ++i) {
+      size[i] = shorten_query(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, pairs + i * n * half, factor + i * n);
+      if (!(size[i] < 1e30f)) return false;
+    }
+    ShortKeys keys{key_pairs, {}, 0.0f, true};
+    for (int64_t e = 0; e < entries; e += kTile) {
+      fetch(nullptr, e, int(min64(entries - e, kTile)));
+      shorten_keys(b.tile, dim, keys);
+      if (!keys.plain) return false;
+      for (int64_t i = 0; i < count; ++i)
+        short_tile(pairs + i * n * half, factor + i * n, n, half, keys, scores + i * b.score_row + e);
+    }
+    const float bound = 1.02f * std::sqrt(float(dim)) / kShortLength + float(dim + n) * 0x1p-23f;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = t0 + i, seen = visible(l, t), k = m.index_topk;
+      if (seen <= k) continue;
+      int32_t *picks = b.picks + t * k, close[kMostClose], best[kMostClose];
+      float* again = scores + i * b.score_row;
+      int64_t near = 0;
+      const int64_t sure = select_sure(again, seen, k, bound * size[i] * keys.longest, picks, close, near);
+      if (near >= 0 && sure + near > k)
+        for (int64_t e = 0; e < near; e += kTile) {
+          fetch(close + e, 0, int(min64(near - e, kTile)));
+          index_tile(iq + i * n * dim, b.iweights + t * n, n, dim, b.tile, again + e);
+        }
+      if (near < 0) {
+        score_entries(l, c, t, 1, iq + i * n * dim, 0, seen, again);
+        select_best(again, seen, k, picks);
+      } else if (sure + near == k) {
+        for (int64_t e = 0; e < near; ++e) picks[sure + e] = close[e];
+      } else {
+        select_best(again, near, k - sure, best);
+        for (int64_t e = 0; e < k - sure; ++e) picks[sure + e] = close[best[e]];
+      }
+    }
+    return true;
   }
   void turn_index_queries(int64_t t0, int64_t count, float* iq) {
     for (int64_t i = 0; i < count * m.index_heads; ++i)
       rotate(iq + (i + 1) * m.index_dim - m.rope, b.turn[1] + (t0 + i / m.index_heads) * 2 * m.rope, m.rope, 1.0f);
   }
-  void select_entries(const Layer& l, int64_t t0, int64_t count, float* scores, int64_t stride) {
+  void select_entries(const Layer& l, int64_t t0, int64_t count, float* scores) {
     for (int64_t i = 0; i < count; ++i)
       if (visible(l, t0 + i) > m.index_topk)
-        select_best(scores + i * stride, visible(l, t0 + i), m.index_topk, b.picks + (t0 + i) * m.index_topk);
+        select_best(scores + i * b.score_row, visible(l, t0 + i), m.index_topk, b.picks + (t0 + i) * m.index_topk);
   }
 
   // b.pointers: the rows that token t reads; returns how many.

@@ -74,6 +74,13 @@ struct Call {
   int32_t* picks;  // null, or [layers, tokens, topk] for the indexer's selections (tests)
 };
 
+struct ProductCall {  // out [tokens, m.rows] = x [tokens, m.cols] m^T
+  Matrix m;
+  const float* x;
+  int64_t tokens;
+  float *out, *workspace;
+};
+
 struct HeadCall {  // hyper head, norm, output head: streams [tokens, h, D] -> logits [tokens, V]
   const Model* model;
   Matrix fn;

@@ -19,7 +19,7 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
     if (t0 >= t1) return;
     const int64_t first = tile * kTile;
     const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
-    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer);
+    run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
   });
 }
 
@@ -29,7 +29,7 @@ struct ByWeights : LayerPass {
     const Job job{mix.fn, call.streams, m.streams * m.hidden, T, b.z, zs};
     w.units((zs + rows - 1) / rows * ((T + cut - 1) / cut), [&](int64_t u) {
       const int64_t first = u % ((zs + rows - 1) / rows) * rows, t0 = u / ((zs + rows - 1) / rows) * cut;
-      run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer);
+      run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer, &b.inputs, w.phase);
     });
     w.barrier();
     const int64_t end = T * (w.id + 1) / w.team.size;
@@ -50,13 +50,13 @@ struct ByWeights : LayerPass {
     }
     if (most <= m.index_topk) return;
     int64_t parts = groups < w.team.size ? (w.team.size + groups - 1) / groups : 1;
-    const int64_t stride = score_row(most), step = max64(256, (most + parts * kTile - 1) / (parts * kTile) * kTile);
+    const int64_t step = max64(256, (most + parts * kTile - 1) / (parts * kTile) * kTile);
     parts = (most + step - 1) / step;
     const int64_t n = m.index_heads * m.index_dim;
     w.units(groups * parts, [&](int64_t u) {
       int64_t group = u / parts;
       const int64_t part = u % parts;
-      float* scores = b.index_scores + (parts > 1 ? group : w.id) * kIndexRows * stride;
+      float* scores = b.index_scores + (parts > 1 ? group : w.id) * kIndexRows * b.score_row;
       const Sequence* s = call.sequences;
       for (; group >= (s->length + kIndexRows - 1) / kIndexRows; ++s) group -= (s->length + kIndexRows - 1) / kIndexRows;
       const int64_t t0 = s->row + group * kIndexRows, count = min64(s->row + s->length - t0, kIndexRows);
@@ -65,10 +65,10 @@ struct ByWeights : LayerPass {
       if (part * step < entries) {
         __builtin_memcpy(b.index_q, b.iq + t0 * n, sizeof(float) * size_t(count * n));
         turn_index_queries(t0, count, b.index_q);
-        score_entries(l, c, t0, count, b.index_q, part * step, min64(entries, part * step + step), scores, stride);
+        score_entries(l, c, t0, count, b.index_q, part * step, min64(entries, part * step + step), scores);
       }
       if (parts > 1 && !last_part(u / parts, parts)) return;
-      select_entries(l, t0, count, scores, stride);
+      select_entries(l, t0, count, scores);
     });
     w.barrier();
   }
@@ -183,8 +183,8 @@ struct ByWeights : LayerPass {
       float* up = b.up + (shared ? T * k * m.inter : 0);
       const int64_t first = tile * kTile;
       const int width = int(inter - first < kTile ? inter - first : kTile);
-      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
-      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer);
+      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
       for (int64_t r = r0; r < r1; ++r) swiglu(hidden + r * inter + first, up + r * inter + first, width);
     });
     w.barrier();
@@ -200,7 +200,7 @@ struct ByWeights : LayerPass {
       const int64_t inter = shared ? m.shared_inter : m.inter;
       run_job({l.experts[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
                shared ? b.shared_out : b.expert_out, m.hidden},
-              first, width, r0, r1, b.tile, b.rows_buffer);
+              first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
     });
     w.barrier();
     tokens([&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });

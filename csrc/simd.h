@@ -197,6 +197,7 @@ INLINE void map(float* out, const float* in, int64_t n, F f) {
 INLINE Vec load_at(const float* p, int64_t i, int64_t n) {
   return i + kLanes <= n ? load(p + i) : load_part(p + i, int(n - i));
 }
+INLINE int min_lanes(int64_t n) { return n < kLanes ? int(n) : kLanes; }
 INLINE void rms_norm(float* out, const float* x, const float* weight, int64_t n, float eps) {
   const float scale = 1.0f / std::sqrt(dot(x, x, n) / float(n) + eps);
   if (weight == nullptr) map(out, x, n, [&](Vec v, int64_t) { return v * scale; });

@@ -59,7 +59,10 @@ void enter_sized(void* raw) {
     sized->start.team->size = omp_threads();
     sized->ready.store(1, std::memory_order_release);
   }
-  while (!sized->ready.load(std::memory_order_acquire)) pause();
+  for (int spins = 0; !sized->ready.load(std::memory_order_acquire); ++spins) {
+    if (spins < 4000) pause();
+    else sched_yield();
+  }
   enter(&sized->start);
 }
 }  // namespace

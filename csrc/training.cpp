@@ -1,4 +1,5 @@
-// The C entry points of training's kernels. Each takes a range of rows and may run beside others on other ranges.
+// The C entry points of training's kernels, each run by a team. Linear maps and experts are whole calls; the others cut
+// `rows` into `parts`, and of a sum over rows each part has its own, one after another, to be added up by the caller.
 #include "training.h"
 
 #include <cstring>
@@ -11,14 +12,36 @@ namespace {
 
 const TrainingKernels& kernels() {
 #if defined(__x86_64__)
-  if (std::strcmp(upwell_isa(), "avx512") == 0) return avx512::training;
+  if (std::strncmp(upwell_isa(), "avx512", 6) == 0) return avx512::training;
   if (std::strcmp(upwell_isa(), "avx2") == 0) return avx2::training;
 #endif
   return baseline::training;
 }
 
+template <class F>
+void in_parts(int64_t rows, int64_t parts, F f) {
+  struct Cut {
+    int64_t rows, parts;
+    F& f;
+  } cut{rows, parts, f};
+  run_team(
+      [](Worker& worker, void* raw) {
+        const Cut& all = *static_cast<Cut*>(raw);
+        worker.units(all.parts, [&](int64_t part) {
+          all.f(part, all.rows * part / all.parts, all.rows * (part + 1) / all.parts);
+        });
+      },
+      &cut);
+}
+
+float* workspace(const AttentionTraining& call) {
+  return training_workspace(AttentionTiling(call).workspace_floats(call));
+}
+
+}  // namespace
+
 // Kept from call to call: on some machines the first touch of a page costs more than all the work on it.
-float* workspace(int64_t floats) {
+float* training_workspace(int64_t floats) {
   thread_local std::vector<float> kept;
   const size_t needed = size_t(floats + kTrainingLine);
   if (kept.size() < needed) kept.resize(needed);
@@ -26,75 +49,106 @@ float* workspace(int64_t floats) {
   return kept.data() + (64 - at % 64) % 64 / sizeof(float);
 }
 
-float* workspace(const AttentionTraining& call) {
-  return workspace(AttentionTiling(call).workspace_floats(call));
-}
-
-}  // namespace
 }  // namespace upwell
 
 extern "C" {
 
-// Tokens [from, to) of all B * S.
-void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t from, int64_t to) {
-  upwell::kernels().attention_forward(*call, from, to, upwell::workspace(*call));
+void upwell_train_linear_forward(upwell::LinearTraining* call) {
+  upwell::run_team(upwell::kernels().linear_forward, call);
+}
+void upwell_train_linear_backward(upwell::LinearTraining* call) {
+  upwell::run_team(upwell::kernels().linear_backward, call);
+}
+void upwell_train_experts_forward(upwell::ExpertsTraining* call) {
+  upwell::run_team(upwell::kernels().experts_forward, call);
+}
+void upwell_train_experts_backward(upwell::ExpertsTraining* call) {
+  upwell::run_team(upwell::kernels().experts_backward, call);
+}
+
+void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().attention_forward(*call, from, to, upwell::workspace(*call));
+  });
 }
 
 void upwell_train_attention_backward(const upwell::AttentionTraining* call, float* grad_kv, float* grad_entries,
-                                     float* grad_sink, int64_t from, int64_t to) {
-  upwell::kernels().attention_backward(*call, grad_kv, grad_entries, grad_sink, from, to, upwell::workspace(*call));
+                                     float* grad_sink, int64_t rows, int64_t parts) {
+  const int64_t kv = rows * call->dim, entries = rows / call->steps * call->entry_count * call->dim;
+  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().attention_backward(*call, grad_kv + part * kv, grad_entries + part * entries,
+                                         grad_sink + part * call->heads, from, to, upwell::workspace(*call));
+  });
 }
 
 void upwell_train_norm_forward(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
-                               int64_t from, int64_t to) {
-  upwell::kernels().norm_forward(x, weight, out, scale, dim, eps, from, to);
+                               int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().norm_forward(x, weight, out, scale, dim, eps, from, to);
+  });
 }
 
 void upwell_train_norm_backward(const float* x, const float* weight, const float* scale, const float* grad,
-                                float* grad_x, int64_t dim, float* grad_weight, int64_t from, int64_t to) {
-  upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, grad_weight, from, to);
+                                float* grad_x, int64_t dim, float* grad_weight, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, grad_weight + part * dim, from, to);
+  });
 }
 
 void upwell_train_swiglu_forward(const float* gate, const float* up, int64_t row, const float* weights, float limit,
-                                 float* out, int64_t dim, int64_t from, int64_t to) {
-  upwell::kernels().swiglu_forward(gate, up, row, weights, limit, out, dim, from, to);
+                                 float* out, int64_t dim, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().swiglu_forward(gate, up, row, weights, limit, out, dim, from, to);
+  });
 }
 
 void upwell_train_swiglu_backward(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                                   const float* grad, float* grad_gate, float* grad_up, int64_t grad_row,
-                                  float* hidden, float* grad_weights, int64_t dim, int64_t from, int64_t to) {
-  upwell::kernels().swiglu_backward(gate, up, row, weights, limit, grad, grad_gate, grad_up, grad_row, hidden,
-                                    grad_weights, dim, from, to);
+                                  float* hidden, float* grad_weights, int64_t dim, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().swiglu_backward(gate, up, row, weights, limit, grad, grad_gate, grad_up, grad_row, hidden,
+                                      grad_weights, dim, from, to);
+  });
 }
 
 void upwell_train_enter_forward(int64_t streams, const float* x, const float* fn, const float* turned,
                                 const float* base, const float* scale, float* dots, float* u, float* post,
                                 float* comb, float* inverse_rms, int64_t dim, int64_t iterations, float eps,
-                                float norm_eps, int64_t from, int64_t to) {
-  upwell::kernels().streams[streams - 1].enter_forward(
-      x, fn, turned, base, scale, dots, u, post, comb, inverse_rms, dim, iterations, eps, norm_eps, from, to,
-      upwell::workspace(upwell::stream_workspace_floats(streams, iterations)));
+                                float norm_eps, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().streams[streams - 1].enter_forward(
+        x, fn, turned, base, scale, dots, u, post, comb, inverse_rms, dim, iterations, eps, norm_eps, from, to,
+        upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations)));
+  });
 }
 
 void upwell_train_enter_backward(int64_t streams, const float* x, const float* fn, const float* base,
                                  const float* scale, const float* dots, const float* inverse_rms,
-                                 const float* grad_u, const float* grad_post, const float* grad_comb, float* grad_x,
-                                 int64_t dim, int64_t iterations, float eps, float* grad_fn, float* grad_base,
-                                 float* grad_scale, int64_t from, int64_t to) {
-  upwell::kernels().streams[streams - 1].enter_backward(
-      x, fn, base, scale, dots, inverse_rms, grad_u, grad_post, grad_comb, grad_x, dim, iterations, eps, grad_fn,
-      grad_base, grad_scale, from, to, upwell::workspace(upwell::stream_workspace_floats(streams, iterations)));
+                                 const float* grad_u, const float* grad_post, const float* grad_comb,
+                                 const float* grad_past, float* grad_x, int64_t dim, int64_t iterations, float eps,
+                                 float* grad_fn, float* grad_base, float* grad_scale, int64_t rows, int64_t parts) {
+  const int64_t n = (2 + streams) * streams, weights = n * streams * dim;
+  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().streams[streams - 1].enter_backward(
+        x, fn, base, scale, dots, inverse_rms, grad_u, grad_post, grad_comb, grad_past, grad_x, dim, iterations, eps,
+        grad_fn + part * weights, grad_base + part * n, grad_scale + part * 3, from, to,
+        upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations)));
+  });
 }
 
 void upwell_train_leave_forward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,
-                                float* out, int64_t dim, int64_t from, int64_t to) {
-  upwell::kernels().streams[streams - 1].leave_forward(x, y, post, comb, out, dim, from, to);
+                                float* out, int64_t dim, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().streams[streams - 1].leave_forward(x, y, post, comb, out, dim, from, to);
+  });
 }
 
 void upwell_train_leave_backward(int64_t streams, const float* x, const float* y, const float* post,
                                  const float* comb, const float* grad, float* grad_x, float* grad_y,
-                                 float* grad_post, float* grad_comb, int64_t dim, int64_t from, int64_t to) {
-  upwell::kernels().streams[streams - 1].leave_backward(x, y, post, comb, grad, grad_x, grad_y, grad_post, grad_comb,
-                                                        dim, from, to);
+                                 float* grad_post, float* grad_comb, int64_t dim, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    upwell::kernels().streams[streams - 1].leave_backward(x, y, post, comb, grad, grad_x, grad_y, grad_post, grad_comb,
+                                                          dim, from, to);
+  });
 }
 }

@@ -2,7 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "team.h"
+
 namespace upwell {
+
+float* training_workspace(int64_t floats);  // this thread's, aligned to cache lines
 
 // All tensors contiguous; B sequences of S tokens, H heads of d dims, of which the last r are rotary. The layout is
 // mirrored by ops/attention_native.py.
@@ -48,6 +52,39 @@ struct AttentionTiling {
   }
 };
 
+// y [T, out] = x [T, in] weight^T [out, in]; rows of x and y may be any distance apart. In the backward pass y is the
+// gradient of y. Mirrored by ops/linear_autograd.py.
+struct LinearMap {
+  const float *x, *weight;
+  float *y, *grad_x, *grad_weight;  // null where no gradient is wanted
+  int64_t in, out, x_row, y_row, grad_x_row;
+  int64_t adds;  // 1: the map before has the same x, and grad_x is added to
+};
+struct LinearTraining {
+  int64_t tokens, count;
+  const LinearMap* maps;
+};
+
+// A mixture of experts: T tokens of D dims, each with k of E experts of I dims, and a shared one. Rows are the T * k
+// pairs of token and expert, sorted by expert. Mirrored by ops/moe_native.py.
+struct ExpertsTraining {
+  int64_t tokens, k, experts, dim, inter, shared_inter;
+  double limit;
+  const float* x;                        // [T, D]
+  const int64_t *source, *back, *bounds;  // a row's token; a pair's row; where each expert's rows begin, [E + 1]
+  const float* row_weights;              // [T * k]
+  const float *w13, *w2;                 // [E, 2I, D], [E, D, I]
+  const float *shared_w1, *shared_w3, *shared_w2;
+  float* inner;         // [T * k, 2I]: what w1 and w3 made, kept for the backward pass
+  float* shared_inner;  // [T, 2 * shared I]
+  float* outs;          // [T * k, D]: scratch
+  float* y;             // [T, D]: the output; backward: the gradient of x
+  // Backward only.
+  const float* grad;  // [T, D]
+  float *grad_w13, *grad_w2, *grad_row_weights, *grad_shared_w1, *grad_shared_w3, *grad_shared_w2;
+  float *shared_hidden, *shared_grad_inner;  // [T, shared I], [T, 2 * shared I]: scratch
+};
+
 // mHC around a sublayer, for one number of streams h. n = (2 + h) h.
 struct StreamKernels {
   // x [T, h, D]; fn [n, hD] and its transpose [hD, n up to whole lines]; base [n], scale [3]. Makes dots [T, n],
@@ -57,9 +94,9 @@ struct StreamKernels {
                         int64_t iterations, float eps, float norm_eps, int64_t from, int64_t to, float* workspace);
   void (*enter_backward)(const float* x, const float* fn, const float* base, const float* scale, const float* dots,
                          const float* inverse_rms, const float* grad_u, const float* grad_post,
-                         const float* grad_comb, float* grad_x, int64_t dim, int64_t iterations, float eps,
-                         float* grad_fn, float* grad_base, float* grad_scale, int64_t from, int64_t to,
-                         float* workspace);
+                         const float* grad_comb, const float* grad_past, float* grad_x, int64_t dim,
+                         int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
+                         int64_t from, int64_t to, float* workspace);
   // y [T, D] -> out [T, h, D]
   void (*leave_forward)(const float* x, const float* y, const float* post, const float* comb, float* out, int64_t dim,
                         int64_t from, int64_t to);
@@ -73,7 +110,7 @@ inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {
   return 2 * iterations * streams * kTrainingLine;
 }
 
-// Every kernel takes a range of rows, so that the caller can cut the work in parts.
+// Every function but the whole calls takes a range of rows, so that the caller can cut the work in parts.
 struct TrainingKernels {
   void (*attention_forward)(const AttentionTraining&, int64_t from, int64_t to, float* workspace);
   void (*attention_backward)(const AttentionTraining&, float* grad_kv, float* grad_entries, float* grad_sink,
@@ -87,6 +124,7 @@ struct TrainingKernels {
   void (*swiglu_backward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                           const float* grad, float* grad_gate, float* grad_up, int64_t grad_row, float* hidden,
                           float* grad_weights, int64_t dim, int64_t from, int64_t to);
+  Body linear_forward, linear_backward, experts_forward, experts_backward;  // whole calls
   StreamKernels streams[kMaxStreams];  // for 1 .. kMaxStreams streams
 };
 

@@ -153,13 +153,14 @@ static void enter_forward(const float* x, const float* fn, const float* turned, 
   }
 }
 
-// Gradients of x; this range's sums for fn, base and scale are added to theirs.
+// Gradients of x, grad_past (what comes to x by other ways) included; this range's sums for fn, base and scale are
+// added to theirs.
 template <int H>
 static void enter_backward(const float* x, const float* fn, const float* base, const float* scale, const float* dots,
                            const float* inverse_rms, const float* grad_u, const float* grad_post,
-                           const float* grad_comb, float* grad_x, int64_t dim, int64_t iterations, float eps,
-                           float* grad_fn, float* grad_base, float* grad_scale, int64_t from, int64_t to,
-                           float* workspace) {
+                           const float* grad_comb, const float* grad_past, float* grad_x, int64_t dim,
+                           int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
+                           int64_t from, int64_t to, float* workspace) {
   Gates<H> gates;
   constexpr int n = Gates<H>::kCount;
   Vec* sums = reinterpret_cast<Vec*>(workspace);
@@ -214,6 +215,7 @@ static void enter_backward(const float* x, const float* fn, const float* base, c
     for (int lane = 0; lane < lanes; ++lane) {
       for (int i = 0; i < n; ++i) grad_dots[(t + lane - done) * n + i] = of_dot[i][lane];
       const float *xt = x + (t + lane) * H * dim, *gu = grad_u + (t + lane) * dim;
+      const float* past = grad_past + (t + lane) * H * dim;
       float *gx = grad_x + (t + lane) * H * dim, pre[H];
       const float factor = through_rms[lane];
       for (int i = 0; i < H; ++i) pre[i] = gates.pre[i][lane] + eps;
@@ -221,7 +223,9 @@ static void enter_backward(const float* x, const float* fn, const float* base, c
         const Vec g = load_some(gu + k, part);
 #pragma GCC unroll 8
         for (int i = 0; i < H; ++i)
-          store_some(gx + i * dim + k, pre[i] * g + factor * load_some(xt + i * dim + k, part), part);
+          store_some(gx + i * dim + k,
+                     load_some(past + i * dim + k, part) + pre[i] * g + factor * load_some(xt + i * dim + k, part),
+                     part);
       });
     }
     if (t + lanes - done == kMixTokens || t + lanes == to) {
@@ -293,4 +297,5 @@ constexpr StreamKernels stream_kernels = {enter_forward<H>, enter_backward<H>, l
 
 const TrainingKernels training = {
     train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_swiglu_forward,
-    train_swiglu_backward, {stream_kernels<1>, stream_kernels<2>, stream_kernels<3>, stream_kernels<4>}};
+    train_swiglu_backward, train_linear_forward, train_linear_backward, train_experts_forward, train_experts_backward,
+    {stream_kernels<1>, stream_kernels<2>, stream_kernels<3>, stream_kernels<4>}};

@@ -4,9 +4,11 @@ struct Buffers {
   float *z, *post, *comb, *x, *qa, *ckv, *cgate, *ikv, *igate, *iweights, *kv, *q, *iq, *attended, *latent, *y;
   float *scores, *route_weights, *gathered, *hidden, *up, *expert_out, *shared_out, *index_scores, *parts;
   float* turn[2];  // of window and compressed layers: a token's cosines and sines, see rotate
+  int64_t score_row;  // floats of one query's index scores
   int32_t *picks, *route, *order, *pair_of, *group_start, *sequence_of, *finished;
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;
+  Inputs inputs;
 };
 
 struct Bump {
@@ -24,8 +26,6 @@ static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kIndexRows = 16;  // queries that score a tile of index keys together
 constexpr int64_t kMostParts = 8;   // threads that share one query's rows in decode
-
-static int64_t score_row(int64_t entries) { return (entries + kTile - 1) / kTile * kTile + 64; }
 
 // What both ways through a layer use. entries: the most that a sequence has.
 static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, int64_t entries, int threads) {
@@ -50,7 +50,8 @@ static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, in
   at.take(b.pair_of, pairs);
   at.take(b.group_start, m.experts + 1);
   at.take(b.sequence_of, tokens);
-  at.take(b.index_scores, threads * kIndexRows * score_row(entries));
+  b.score_row = (entries + kTile - 1) / kTile * kTile + 64;
+  at.take(b.index_scores, threads * kIndexRows * b.score_row);
 }
 
 static void take_own(Bump& at, Buffers& b, const Model& m, int64_t entries) {
@@ -86,6 +87,7 @@ static int64_t lay_out(const Model& m, int64_t tokens, int64_t entries, char* ba
   for (int i = 0; i <= thread; ++i) {
     own.take(b.tile, widest * kTile);
     own.take(b.rows_buffer, widest * 4);
+    own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
     take_own(own, b, m, entries);
   }
   return shared + own.used / (thread + 1) * threads;

@@ -17,8 +17,12 @@ from upwell.ops import (
     attention_autograd,
     attention_native,
     gradients,
+    hc_autograd,
+    hyper_connections,
+    linear_autograd,
     moe,
     moe_autograd,
+    moe_native,
     native,
     norm_autograd,
     rope_autograd,
@@ -132,14 +136,9 @@ def test_raw_attention_matches_the_definition(
     assert_same(ours, plain, inputs, False)
     whole = derive(ours, inputs, False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "parallel_ranges", _three_ranges)
+        patch.setattr(training_kernels, "parts", lambda _rows: 3)
         for a, b in zip(derive(ours, inputs, False), whole, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
-
-
-def _three_ranges(n: int, run: Callable[[int, int], None]) -> None:
-    for i in (2, 0, 1):
-        run(n * i // 3, n * (i + 1) // 3)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 7])
@@ -202,6 +201,101 @@ def test_swiglu_matches_the_definition(limit: float, kernels: str) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 15, 21, generator=generator) for _ in range(2)]
     assert_same(lambda g, u: moe_autograd.swiglu(g, u, limit), lambda g, u: moe.swiglu(g, u, limit), inputs, False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"),
+    [(1, 20, (7,)), (37, 64, (1024, 5)), (530, 300, (33, 64)), (300, 256, (12, 256, 600)), (1030, 7, (280, 16))],
+)
+def test_linear_maps_match_the_definition(tokens: int, inputs: int, outputs: tuple[int, ...], kernels: str) -> None:
+    """Several maps of one input; sizes off and on the kernels' tiles, panels and units."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, tokens, inputs, generator=generator)]
+    tensors += [torch.randn(n, inputs, generator=generator) for n in outputs]
+    if kernels == "plain":
+        assert not linear_autograd.usable(*tensors)
+        return
+
+    def ours(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.cat(linear_autograd.linears(x, *weights), dim=-1)
+
+    assert_same(ours, lambda x, *weights: x @ torch.cat(weights).t(), tensors, False)
+    assert_one_thread_gives_the_same(ours, tensors)
+
+
+@pytest.mark.parametrize(("tokens", "h", "dim"), [(1, 4, 30), (300, 4, 64), (37, 2, 17)])
+def test_head_collapse_matches_the_definition(tokens: int, h: int, dim: int, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (tokens, h, dim), (h, h * dim), (h,), (1,)
+    tensors = [torch.randn(s, generator=generator) for s in shapes]
+    tensors[1] *= (h * dim) ** -0.5
+    if kernels == "plain":
+        assert not hc_autograd.usable(tensors[0])
+        return
+
+    def plain(streams: Tensor, *weights: Tensor) -> Tensor:
+        pre = hyper_connections.head_mix(streams, weights[0], weights[1], weights[2], 1e-2, 1e-6)
+        return hyper_connections.collapse(streams, pre)
+
+    assert_same(lambda x, f, b, s: hc_autograd.collapse(x, f, b, s, 1e-2, 1e-6), plain, tensors, False)
+
+
+@pytest.mark.parametrize(("tokens", "groups", "inputs", "outputs"), [(3, 2, 5, 4), (600, 4, 256, 64), (270, 3, 40, 50)])
+def test_grouped_linear_matches_the_definition(
+    tokens: int, groups: int, inputs: int, outputs: int, kernels: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, groups * inputs, generator=generator)
+    weight = torch.randn(groups * outputs, inputs, generator=generator)
+    if kernels == "plain":
+        assert not linear_autograd.usable(x, weight)
+        return
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        parts = zip(x.chunk(groups, dim=-1), weight.chunk(groups), strict=True)
+        return torch.cat([part @ w.t() for part, w in parts], dim=-1)
+
+    assert_same(lambda x, w: linear_autograd.grouped_linear(x, w, groups), plain, [x, weight], False)
+
+
+@pytest.mark.parametrize("limit", [0.5, 10.0])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "dim", "inter", "shared"),
+    [(1, 3, 2, 8, 5, 6), (50, 7, 3, 24, 20, 20), (700, 5, 1, 64, 32, 48), (300, 3, 2, 270, 130, 33)],
+)
+def test_experts_with_the_shared_one_match_the_definition(
+    tokens: int, n: int, k: int, dim: int, inter: int, shared: int, limit: float, kernels: str
+) -> None:
+    """Expert 0 gets no token, the last one more than go through it together."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.stack([1 + torch.randperm(n - 1, generator=generator)[:k] for _ in range(tokens)])
+    experts[:, 0] = torch.where((experts != n - 1).all(1), n - 1, experts[:, 0])
+    shapes = (tokens, dim), (tokens, k), (n, 2 * inter, dim), (n, dim, inter)
+    tensors = [0.3 * torch.randn(s, generator=generator) for s in (*shapes, *2 * ((shared, dim),), (dim, shared))]
+    if kernels == "plain":
+        assert not moe_native.usable(tensors[0], *tensors[2:])
+        return
+
+    def ours(x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *own: Tensor) -> Tensor:
+        return moe_native.experts_with_shared(x, experts, weights, w13, w2, (own[0], own[1], own[2]), limit)
+
+    def plain(x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *own: Tensor) -> Tensor:
+        of_shared = moe.swiglu(x @ own[0].t(), x @ own[1].t(), limit) @ own[2].t()
+        return moe.grouped_experts(x, experts, weights, w13, w2, limit) + of_shared
+
+    assert_same(ours, plain, tensors, False)
+    assert_one_thread_gives_the_same(ours, tensors)
+
+
+def assert_one_thread_gives_the_same(node: Node, tensors: list[Tensor]) -> None:
+    """Bit for bit: a sum is made by one thread, whichever."""
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(derive(node, tensors, False))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_model_gradients_match_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ CALLS = (
     '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
     '<｜DSML｜parameter name="city" string="true">Bern "x"\n</｜DSML｜parameter>\n'
     '<｜DSML｜parameter name="days" string="false">[1, 2]</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
-    '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+    '<｜DSML｜invoke name="now">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
 )
 
 
@@ -160,3 +160,72 @@ def test_no_text_is_lost_and_cuts_do_not_matter(text: str, cuts: list[int], thin
         split = any(isinstance(event, Reasoning) for event in events) or (thinking and text.startswith("</think>"))
         ended = text.replace("</think>", "", 1) if split and "</think>" in text else text
         assert whole == (ended if thinking else text)
+
+
+BLOCK = "\n\n" + CALLS
+ARGUMENTS = json.dumps({"city": 'Bern "x"\n', "days": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # V4 forgot </think>, or says it after the calls: the calls count (vLLM 45862, llama.cpp 25891).
+        ("why" + BLOCK, [Reasoning("why"), ToolCall(0, "weather", ARGUMENTS), ToolCall(1, "now", "{}")]),
+        ("why" + BLOCK + "\n</think>x", [Reasoning("why"), ToolCall(0, "weather", ARGUMENTS), ToolCall(1, "now", "{}"),
+                                        Content("x")]),
+        # Calls that it goes on to think about were thought of, not made.
+        ("why" + BLOCK + " no, wait</think>x", [Reasoning("why" + BLOCK + " no, wait"), Content("x")]),
+        ("w" + BLOCK + BLOCK, [Reasoning("w" + BLOCK), ToolCall(0, "weather", ARGUMENTS), ToolCall(1, "now", "{}")]),
+        # Half a block doesn't keep the answer after it in the reasoning.
+        ("why\n\n<｜DSML｜tool_calls>\n</think>x", [Reasoning("why\n\n<｜DSML｜tool_calls>\n"), Content("x")]),
+        ("why\n\n<｜DSML｜tool_calls>", [Reasoning("why\n\n<｜DSML｜tool_calls>")]),
+    ],
+)  # fmt: skip
+def test_calls_inside_the_reasoning(text: str, expected: list[Event]) -> None:
+    for cuts in ([], list(range(len(text)))):
+        assert parse(text, cuts, thinking=True) == expected
+
+
+TEXT = st.text(st.sampled_from("<｜>/\n\"=x 界") | st.characters(), max_size=60)
+
+
+@given(st.lists(TEXT | st.sampled_from(PIECES), max_size=8).map("".join), st.data(), st.booleans(), st.booleans())
+def test_any_text_in_any_split_is_parsed_as_whole(text: str, data: Any, thinking: bool, tools: bool) -> None:
+    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
+    assert parse(text, cuts, thinking, tools) == parse(text, [], thinking, tools)
+    assert parse(text, list(range(len(text))), thinking, tools) == parse(text, [], thinking, tools)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.text(st.characters(exclude_characters='"<>\n', exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=3)), min_size=1, max_size=3), st.data())
+def test_calls_as_encoded_are_read_back(calls: list[tuple[str, dict[str, Any]]], data: Any) -> None:
+    """What the encoder, which equals DeepSeek's own, writes for a call is what the parser reads, at any split."""
+    made = [{"id": str(k), "function": {"name": name, "arguments": json.dumps(arguments)}}
+            for k, (name, arguments) in enumerate(calls)]  # fmt: skip
+    prompt = encode_messages([user("q"), assistant("Text.", tool_calls=made)], continue_last=True)
+    text = prompt.split("</think>", 1)[1]
+    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
+    content, *rest = parse(text, cuts)
+    assert content == Content("Text.")
+    assert [(e.name, json.loads(e.arguments)) for e in rest if isinstance(e, ToolCall)] == calls
+    assert len(rest) == len(calls)
+
+
+def test_response_format_and_continuation() -> None:
+    schema = {"type": "object"}
+    asked = encode_messages([user("a")], response_format=schema)
+    assert asked == (
+        f"{BOS}\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+        '{"type": "object"}<｜User｜>a<｜Assistant｜></think>'
+    )
+    begun = encode_messages([user("a"), assistant("b")], continue_last=True)
+    assert begun == f"{BOS}<｜User｜>a<｜Assistant｜></think>b"
+    with pytest.raises(InputError, match="nothing to continue"):
+        encode_messages([user("a")], continue_last=True)

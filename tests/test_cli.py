@@ -187,3 +187,23 @@ def test_ask_answers_a_file_of_questions(tmp_path: Path, capsys: pytest.CaptureF
     assert all(set(a) == fields for a in answers)
     assert answers[0]["rows"] == [["a", 1], ["b", 2], ["c", 3]] and "9 characters" in answers[2]["message"]
     assert cli.main(["ask", "t.csv", "too long"]) == 2
+
+
+def test_doctor_says_what_is_here_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    import platform
+
+    import torch
+
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["python"] == platform.python_version() and found["torch"] == torch.__version__
+    assert found["devices"]["cpu"]["usable"] and found["threads"] == torch.get_num_threads()
+    for name in ("cuda", "npu"):
+        device = found["devices"][name]
+        assert device["usable"] == getattr(torch, name, torch.cuda).is_available() or device["missing"]
+        assert device["usable"] or name in device["missing"]
+    with open("/proc/meminfo", encoding="utf-8") as lines:
+        assert found["memory"]["total"] == int(next(lines).split()[1]) * 1024
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "kernels  CPU kernels: " in shown and torch.__version__ in shown and "\nnpu " in shown

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import path
 from tiny_v4 import EOS, VOCAB, build_llm, build_model, save, save_transformers
 
 from upwell import LLM, SamplingParams
 from upwell.engine import Delta, Engine, EngineThread
 from upwell.engine.blocks import Pool, blocks_for
 from upwell.errors import CheckpointError, DeviceError, EngineError, InputError, ShuttingDownError
+from upwell.model import KVCache, Step
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -61,6 +63,32 @@ def test_chunked_prefill_and_batching_change_nothing(llm: LLM) -> None:
     for prompt, output in zip(prompts, together, strict=True):
         assert_greedy(llm.model, prompt, output.token_ids)
     assert_idle(llm.engine)
+
+
+@pytest.mark.parametrize("kind", ["kernels", "modules"])
+def test_a_ragged_step_is_the_padded_one(kind: str) -> None:
+    """Prompts and decoded tokens in one forward, one after another or padded: the same streams and cache."""
+    model = build_model()
+    lengths, starts, tables = [7, 1, 300, 1], [0, 4, 0, 130], [[3], [1], [4, 0], [2]]
+    tokens = [ids(7, 1), ids(1, 2), ids(300, 3), ids(1, 4)]
+    found = []
+    with path(kind), torch.inference_mode():
+        for ragged in (True, False):
+            cache = KVCache(model.config, 5, 4, torch.float32)
+            for slot in (1, 3):
+                before = Step([slot], [0], [starts[slot]], [tables[slot]])
+                model.streams(torch.tensor([ids(starts[slot], 9)]), cache, before)
+            step = Step([0, 1, 2, 3], starts, lengths, tables)
+            if ragged:
+                streams = model.streams(torch.tensor([[t for part in tokens for t in part]]), cache, step)
+            else:
+                padded = torch.tensor([t + [0] * (300 - len(t)) for t in tokens])
+                whole = model.streams(padded, cache, step).unflatten(0, (4, 300))
+                streams = torch.cat([whole[b, :n] for b, n in enumerate(lengths)])
+            after = Step([0, 1, 2, 3], [s + n for s, n in zip(starts, lengths, strict=True)], [1] * 4, tables)
+            found.append((streams, model.streams(torch.tensor([[5], [6], [7], [8]]), cache, after)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_seed_gives_the_same_output_alone_and_in_a_batch(llm: LLM) -> None:

@@ -217,38 +217,57 @@ def test_asyncio() -> None:
 
 
 def test_the_prompt_budget_settles_where_a_step_stretches_as_meant() -> None:
-    """Against a machine whose chunk takes 2 ms and 0.1 ms a token more, beside decodes of 10 ms."""
+    """Against a machine whose steps take 2 ms, 1 ms more a decoded sequence and 0.1 ms more a prompt token."""
     budget = ChunkBudget(512)
+    alone = 0
+
+    def step(decoding: int, most: int = 512, slow: float = 1.0) -> int:
+        tokens = min(most, budget.tokens(decoding))
+        budget.measured(decoding, tokens, slow * (0.002 + 0.001 * decoding + 0.0001 * tokens))
+        return tokens
+
+    assert step(8) == 0, "how long decoding alone takes must be measured first"
+    for _ in range(80):
+        alone += step(8) == 0
+    assert alone == 2, "again every 32 steps"
+    settled = budget.tokens(8)
+    assert settled == pytest.approx((STRETCH - 1) * 0.010 / 0.0001, rel=0.05)
+    step(8, slow=100)  # a hiccup
+    assert budget.tokens(8) >= settled / 2
+    for _ in range(20):
+        step(8)
+    for _ in range(10):
+        step(8, most=10)  # a prompt's end says nothing about long chunks
+    assert budget.tokens(8) == pytest.approx(settled, rel=0.1)
+    assert step(16) == 0 and step(16) > 0, "another batch size"
     for _ in range(40):
-        budget.measured(0.010, 0.002 + 0.0001 * budget.tokens, budget.tokens)
-    assert budget.tokens == pytest.approx((STRETCH * 0.010 - 0.002) / 0.0001, rel=0.05)
-    settled = budget.tokens
-    budget.measured(0.010, 1.0, settled)  # a hiccup
-    assert budget.tokens >= settled / 2 - 1
-    for _ in range(40):
-        budget.measured(0.010, 0.015, 10)  # a prompt's end says nothing about long chunks
-    assert budget.tokens < settled
-    for _ in range(40):
-        budget.measured(0.001, 1.0, budget.tokens)
-    assert budget.tokens == LEAST, "a prompt must get on"
-    assert ChunkBudget(8).tokens == 8
+        tokens = budget.tokens(16)
+        budget.measured(16, tokens, 9.0 if tokens else 0.018)
+    assert budget.tokens(16) == LEAST, "a prompt must get on"
+    small = ChunkBudget(8)
+    small.measured(1, 0, 0.01)
+    assert small.tokens(1) == 8
 
 
-def test_a_prompt_is_cut_finer_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ragged", [True, False])
+def test_a_prompt_is_cut_finer_while_others_decode(ragged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(max_num_seqs=2, cache_tokens=4096)
-    engine.add(engine.request(ids(5), few(60), lambda delta: None))
+    engine.runner.computes_ragged = ragged
+    decoding = engine.request(ids(5), few(60), lambda delta: None)
+    engine.add(decoding)
     engine.step()
-    chunks = []
-    run = engine.runner.streams
-    monkeypatch.setattr(engine.runner, "streams", lambda batch: (chunks.append(batch), run(batch))[1])
+    runs: list[list[int]] = []
+    streams = engine.runner.streams
+    monkeypatch.setattr(
+        engine.runner, "streams", lambda batch: (runs.append([n for _, n in batch]), streams(batch))[1]
+    )
     engine.add(engine.request(ids(900, 1), few(1), lambda delta: None))
     engine.step()
-    (_, decoded), (_, prefilled) = chunks[0][0], chunks[1][0]
-    assert decoded == 1 and prefilled == 4 * LEAST
-    engine.cancel(next(iter(engine._requests)))
-    chunks.clear()
     engine.step()
-    assert chunks[0][0][1] == 256 - 4 * LEAST, "nobody waits: to the next cut"
+    assert runs == ([[1], [1, 4 * LEAST]] if ragged else [[1], [1], [4 * LEAST]])
+    engine.cancel(decoding)
+    engine.step()
+    assert runs[-1] == [256 - 4 * LEAST], "nobody waits: to the next cut"
 
 
 @pytest.mark.parametrize("where", ["fork", "logits"])

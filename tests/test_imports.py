@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "upwell"
 ORDER = [
-    "errors", "config", "formats", "devices", "ops", "model", "checkpoint", "chat", "engine", "server", "analyst",
+    "errors", "config", "formats", "devices", "ops", "model", "checkpoint", "chat", "engine", "analyst", "server",
     "planner", "deploy", "bench", "cli",
 ]  # fmt: skip
 # The recipe that trains the embedded model stands outside the order: it may use all of it, and nothing imports it.

@@ -233,6 +233,61 @@ def test_selected_index_sets_equal_plain(isa: str, cuts: list[int], monkeypatch:
             assert torch.equal(picks[layer].sort(-1).values.long(), plain_picks[2 * call + layer].sort(-1).values)
 
 
+def by_both_cuts(model: Transformer, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Logits and the indexer's picks of one prefill: cut by tokens with 16-bit scores, then by weights in FP32."""
+    plan, make_call, picks = compiled.plan(model), native.Call, list[Tensor]()
+    assert plan is not None and plan.model.by_tokens == 1
+
+    def call_with_picks(*fields: object) -> native.Call:
+        call = make_call(*fields)
+        picks.append(torch.full((call.layer_count, call.tokens, model.config.index_topk), -1, dtype=torch.int32))
+        call.picks = picks[-1].data_ptr()
+        return call
+
+    monkeypatch.setattr(native, "Call", call_with_picks)
+    results = []
+    for by_tokens in (1, 0):
+        plan.model.by_tokens = by_tokens
+        picks.clear()
+        logits, _ = outputs(model, ids, [ids.shape[1]])
+        results.append((logits, torch.cat(picks, 1).sort(-1).values))
+    return results
+
+
+@pytest.mark.parametrize("dim,heads", [(12, 5), (37, 16), (32, 3), (9, 8)])
+@pytest.mark.parametrize("alike", [True, False])
+@torch.no_grad()
+def test_choice_by_short_scores_is_that_of_fp32(
+    isa: str, dim: int, heads: int, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.library() is None:
+        return
+    config = dataclasses.replace(
+        BASE, compress_ratios=(4, 4), num_hidden_layers=2, index_n_heads=heads, index_head_dim=dim, index_topk=20
+    )
+    model = random_model(config, dim)
+    # Runs of one token make entries whose scores all lie close together, and more of them than are worth a second look.
+    ids = torch.arange(1400)[None] // 700 if alike else torch.randint(0, 64, (2, 300))
+    (tokens, short), (weights, full) = by_both_cuts(model, ids, monkeypatch)
+    assert torch.equal(short, full) and (short[:, -1] >= 0).all()
+    assert (tokens - weights).abs().max() <= 1e-5 * weights.abs().max()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30, 1e-40, 0.0])
+@torch.no_grad()
+def test_both_cuts_meet_extremes_alike(isa: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.library() is None:
+        return
+    model = random_model(dataclasses.replace(BASE, index_n_heads=4), 12)
+    model.embed.weight[3] = value
+    ids = torch.randint(4, 64, (1, 150), generator=torch.Generator().manual_seed(13))
+    ids[0, [20, 90]] = 3
+    (tokens, _), (weights, _) = by_both_cuts(model, ids, monkeypatch)
+    assert torch.equal(tokens.isfinite(), weights.isfinite())
+    finite = weights.isfinite()
+    assert torch.allclose(tokens[finite], weights[finite], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_drafts_equal_plain(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(BASE, num_nextn_predict_layers=1)

@@ -147,8 +147,8 @@ def test_hyper_connection_and_its_gradients(
         doubles[0], lambda u: torch.tanh(u @ weight.double().t()), *doubles[1:], config.hc_sinkhorn_iters
     )
     with torch.set_grad_enabled(grad):
-        u, post, comb = module.enter(streams)
-        out = module.leave(streams, torch.tanh(u @ weight.t()), post, comb)
+        u, passed, post, comb = module.enter(streams)
+        out = module.leave(passed, torch.tanh(u @ weight.t()), post, comb)
     close(u.detach(), u64.detach())
     close(out.detach(), out64.detach())
     if not grad:

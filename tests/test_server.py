@@ -2,74 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import re
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
+from served import Served, spawn
 from tiny_v4 import build_llm, save
 
 from upwell import SamplingParams
-from upwell.chat import Content, Reasoning, ToolCall
 from upwell.chat.embedded import NANO_NOTICE
-from upwell.engine import Engine
-from upwell.server.app import create_app
-from upwell.server.responders import ModelResponder, Piece, Reply
-from upwell.server.schemas import ChatRequest
+from upwell.server.responders import ModelResponder
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
-class Served:
-    """An app on a free port, in a thread."""
-
-    engine: Engine
-
-    def __init__(self, app: Any) -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
-        self.thread.start()
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-
-
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Served]:
-    llm = build_llm(max_num_seqs=4, cache_tokens=4096)
-    served = Served(create_app(ModelResponder(llm), "tiny"))
-    served.engine = llm.engine
+    served = Served(ModelResponder(build_llm(max_num_seqs=4, cache_tokens=4096)))
     yield served
     served.stop()
-
-
-def spawn(*arguments: str) -> tuple[subprocess.Popen[str], str]:
-    """`upwell serve` as a user starts it; returns it and its URL once it says that it listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "upwell.cli", "serve", "--port", "0", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    match = re.search(r"serves (\S+) on (http://\S+) ", line)
-    assert match, line + (process.stderr.read() if process.stderr else "")
-    return process, match[2]
 
 
 def test_upwell_serve_with_a_checkpoint(tmp_path: Path) -> None:
@@ -113,7 +72,7 @@ def test_answer_is_the_engines(tiny: Served) -> None:
     llm = build_llm(max_num_seqs=4, cache_tokens=4096)
     params = SamplingParams(temperature=0.0, max_tokens=20, skip_special_tokens=False)
     expected = llm.chat(HELLO, params)
-    answer = tiny.client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=20, temperature=0)
+    answer = tiny.openai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=20, temperature=0)
     choice = answer.choices[0]
     assert choice.message.content == expected.text and choice.message.role == "assistant"
     assert choice.finish_reason == expected.outputs[0].finish_reason
@@ -128,8 +87,8 @@ def test_stream_adds_up_to_the_whole(tiny: Served, effort: Any) -> None:
     same |= {"logprobs": True, "top_logprobs": 2, "extra_body": {"ignore_eos": True, "top_k": 50}}
     if effort:
         same["reasoning_effort"] = effort
-    whole = tiny.client.chat.completions.create(**same)
-    stream = tiny.client.chat.completions.create(**same, stream=True, stream_options={"include_usage": True})
+    whole = tiny.openai.chat.completions.create(**same)
+    stream = tiny.openai.chat.completions.create(**same, stream=True, stream_options={"include_usage": True})
     text, reasoning, reasons, logprobs = ["", ""], ["", ""], {}, [[], []]  # type: ignore[var-annotated]
     usage = None
     for chunk in stream:
@@ -154,7 +113,7 @@ def test_stream_adds_up_to_the_whole(tiny: Served, effort: Any) -> None:
 
 def test_concurrent_streams_equal_lone_ones(tiny: Served) -> None:
     def ask(seed: int) -> str:
-        stream = tiny.client.chat.completions.create(
+        stream = tiny.openai.chat.completions.create(
             model="tiny", messages=HELLO, seed=seed, max_tokens=25, stream=True, extra_body={"ignore_eos": True}
         )
         return "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
@@ -170,17 +129,22 @@ def test_concurrent_streams_equal_lone_ones(tiny: Served) -> None:
 
 
 def test_a_client_that_leaves_frees_its_place(tiny: Served) -> None:
-    stream = tiny.client.chat.completions.create(
+    stream = tiny.openai.chat.completions.create(
         model="tiny", messages=HELLO, stream=True, max_tokens=3000, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    scheduler = tiny.engine.scheduler
-    assert scheduler.blocks.free < scheduler.blocks.total
+    assert tiny.engine.stats().running == 1
     stream.close()
-    deadline = time.monotonic() + 30
-    while scheduler.blocks.free < scheduler.blocks.total:
-        assert time.monotonic() < deadline, "its blocks are still held"
-        time.sleep(0.01)
+    tiny.wait_until_free()
+
+
+def test_a_client_that_leaves_a_whole_answer_frees_its_place(tiny: Served) -> None:
+    body = {"messages": HELLO, "max_tokens": 3000, "ignore_eos": True}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        request = body if "chat" in path else {"prompt": ["a", "b"], "max_tokens": 3000, "ignore_eos": True}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{tiny.url}{path}", json=request, timeout=0.3)
+        tiny.wait_until_free()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -195,8 +159,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "logprobs is 21"),
     ({"messages": []}, "messages is []"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role is 'robot'"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type is 'json_object'"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type is 'yaml'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing its schema"),
     ({"tool_choice": "required"}, "tool_choice is 'required'"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice is 'f'"),
+    ({"store": True}, "store is True"),
     ({"reasoning_effort": "huge"}, "reasoning_effort is 'huge'"),
     ({"best_of": 3}, "unknown parameter best_of"),
     ({"logit_bias": {"100000": 1}}, "token id 100000"),
@@ -215,51 +182,12 @@ def test_bad_parameters_are_named(tiny: Served, body: dict[str, Any], message: s
 
 def test_unknown_model_path_and_body(tiny: Served) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-9' here"):
-        tiny.client.chat.completions.create(model="gpt-9", messages=HELLO)
+        tiny.openai.chat.completions.create(model="gpt-9", messages=HELLO)
     assert httpx.get(f"{tiny.url}/v2/nothing").json()["error"]["message"] == "GET /v2/nothing: Not Found"
     broken = httpx.post(f"{tiny.url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
     assert broken.status_code == 400 and "isn't JSON" in broken.json()["error"]["message"]
     missing = httpx.post(f"{tiny.url}/v1/chat/completions", json={"model": "tiny"})
     assert missing.status_code == 400 and missing.json()["error"]["param"] == "messages"
-
-
-class Scripted:
-    """Answers with given events: what a model that reasons and calls tools would say."""
-
-    is_healthy = True
-
-    def close(self) -> None: ...
-
-    def token_text(self, token_id: int) -> bytes:
-        return b""
-
-    def respond(self, request: ChatRequest) -> Reply:
-        async def pieces() -> AsyncGenerator[Piece, None]:
-            yield Piece(0, (Reasoning("hm"),), 2)
-            await asyncio.sleep(0)
-            call = ToolCall(0, "weather", '{"city": "Bern"}')
-            yield Piece(0, (Content("Looking. "), call), 5)
-            yield Piece(0, (), 1, finish_reason="stop")
-
-        return Reply(4, pieces())
-
-
-def test_reasoning_and_tool_calls_reach_the_client() -> None:
-    served = Served(create_app(Scripted(), "scripted"))
-    try:
-        create = served.client.chat.completions.create
-        tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-        choice = create(model="scripted", messages=HELLO, tools=tools).choices[0]
-        assert choice.finish_reason == "tool_calls" and choice.message.content == "Looking. "
-        assert choice.message.reasoning_content == "hm"  # type: ignore[attr-defined]
-        assert choice.message.tool_calls is not None
-        assert choice.message.tool_calls[0].function.arguments == '{"city": "Bern"}'  # type: ignore[union-attr]
-        chunks = [c.choices[0] for c in create(model="scripted", messages=HELLO, tools=tools, stream=True)]
-        calls = [call for c in chunks for call in c.delta.tool_calls or []]
-        assert [(c.index, c.function.name) for c in calls if c.function] == [(0, "weather")]
-        assert chunks[-1].finish_reason == "tool_calls"
-    finally:
-        served.stop()
 
 
 def test_a_taken_port_is_said_before_anything_loads(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ class Asker:
             self._llm = LLM(device="cpu")
         return self._llm
 
-    def open(self, path: str | Path, table: str | None = None) -> OpenTable:
+    def open(self, path: str | Path, table: str | None = None, memory_limit: str | None = None) -> OpenTable:
         """Load a file (see sources.open_table); questions go to the last one opened."""
-        self._table = open_table(path, table)
+        self._table = open_table(path, table, memory_limit)
         return self._table
 
     def ask(self, question: str) -> Answer:

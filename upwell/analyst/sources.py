@@ -36,14 +36,18 @@ class OpenTable:
     notes: tuple[str, ...] = ()  # what had to be mended or chosen, for the user to know
 
 
-def open_table(path: str | os.PathLike[str], table: str | None = None) -> OpenTable:
+def open_table(
+    path: str | os.PathLike[str], table: str | None = None, memory_limit: str | None = None
+) -> OpenTable:
     """Load a file (`table`: which table of a database or sheet of a workbook).
+
+    `memory_limit`, as DuckDB writes it ("1GB"), holds for the table and its queries; None: DuckDB's own.
 
     Raises DataError, in one line, when there is no table to be had from it.
     """
     path = Path(path)
     kind = file_kind(path)
-    connection = connect()
+    connection = connect(memory_limit)
     notes: list[str] = []
     name = path.name.split(".")[0]
     try:
@@ -69,16 +73,16 @@ def open_table(path: str | os.PathLike[str], table: str | None = None) -> OpenTa
     return OpenTable(path, connection, profile, tuple(notes))
 
 
-def connect() -> Connection:
+def connect(memory_limit: str | None = None) -> Connection:
     """An in-memory database that never spills beside the user's files nor loads extensions."""
-    return duckdb.connect(
-        ":memory:",
-        config={
-            "temp_directory": "",
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-        },
-    )
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "temp_directory": "",
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+    if memory_limit is not None:
+        config["memory_limit"] = memory_limit
+    return duckdb.connect(":memory:", config=config)
 
 
 def seal(connection: Connection) -> None:
@@ -233,7 +237,7 @@ def load_sqlite(connection: Connection, path: Path, table: str | None, notes: li
                 copy_table(database, picked, connection, Path(folder), notes)
             finally:
                 database.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # damaged files, or names that are no text
             raise DataError(f"{path} can't be read as SQLite: {error}") from error
     return picked
 

@@ -3,7 +3,8 @@
     [bos][max effort][system]<｜User｜>text<｜Assistant｜></think>reply[eos]<｜User｜>text<｜Assistant｜><think>
 
 A turn of the assistant opens with </think> (no reasoning) or <think>reasoning</think>. Reasoning of turns before the
-last user turn is dropped, unless the conversation has tools: there it belongs to the chain of calls.
+last user turn is dropped, unless the conversation has tools: there it belongs to the chain of calls. A reply in
+progress can be continued: then the last turn stays open and nothing is added after it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from upwell.chat.protocol import (
     THINK,
     TOOL_CALLS,
     USER,
+    format_block,
     tools_block,
 )
 from upwell.errors import InputError
@@ -49,18 +51,25 @@ def encode_messages(
     thinking: Thinking = "off",
     tools: Sequence[Mapping[str, Any]] = (),
     drop_thinking: bool = True,
+    response_format: Mapping[str, Any] | None = None,
+    continue_last: bool = False,
 ) -> str:
     """The prompt for the next reply. `tools` are OpenAI's {"type": "function", "function": {...}} or the inner object.
 
-    Raises InputError naming the message that can't be encoded.
+    `response_format` is the JSON schema that the reply must follow. With `continue_last` the last message, the
+    assistant's, is the beginning of the reply. Raises InputError naming the message that can't be encoded.
     """
     if thinking not in ("off", "high", "max"):
         raise InputError(f"thinking is {thinking!r}, must be 'off', 'high' or 'max'")
     if not messages:
         raise InputError("messages is empty", "give at least one message")
     turns = _turns(messages)
-    if tools:
-        turns = _with_tools(turns, tools)
+    blocks = [tools_block("\n".join(_tool_schemas(tools)))] if tools else []
+    if response_format is not None:
+        blocks.append(format_block(json.dumps(response_format, ensure_ascii=False)))
+    turns = _with_blocks(turns, blocks)
+    if continue_last and turns[-1].role != "assistant":
+        raise InputError("the last message isn't the assistant's", "there is nothing to continue")
     keep_from = 0
     if drop_thinking and not tools:
         keep_from = max((k for k, turn in enumerate(turns) if turn.role == "user"), default=-1) + 1
@@ -76,7 +85,10 @@ def encode_messages(
             opening = END_THINK
             if thinking != "off" and k >= keep_from:
                 opening = THINK + turn.reasoning + END_THINK
-            parts.append(ASSISTANT + opening + turn.text + turn.calls + EOS)
+            parts.append(ASSISTANT + opening + turn.text + turn.calls)
+            if continue_last and k == len(turns) - 1:
+                return "".join(parts)
+            parts.append(EOS)
     parts.append(ASSISTANT + (END_THINK if thinking == "off" else THINK))
     return "".join(parts)
 
@@ -105,7 +117,8 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
         role = message.get("role")
         if role not in ROLES:
             raise InputError(f"{where}.role is {role!r}, must be one of {', '.join(ROLES)}")
-        text = _text(message.get("content"), where)
+        # A tool's parts are set apart as V4's results are; other parts are one text.
+        text = _text(message.get("content"), where, "\n\n" if role == "tool" else "")
         if role == "tool":
             call = str(message.get("tool_call_id", ""))
             results.append((order.get(call, len(order)), f"<tool_result>{text}</tool_result>"))
@@ -116,6 +129,8 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
             close_user()
             if role == "assistant":
                 calls = message.get("tool_calls") or []
+                if not isinstance(calls, list):
+                    raise InputError(f"{where}.tool_calls is {calls!r}, must be a list")
                 order = {str(call.get("id", "")): i for i, call in enumerate(calls) if isinstance(call, Mapping)}
                 reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
                 turns.append(_Turn("assistant", text, str(reasoning), _render_calls(calls, where)))
@@ -125,7 +140,7 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
     return turns
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: Any, where: str, between: str = "") -> str:
     """A message's content: text, None, or a list of text parts."""
     if content is None:
         return ""
@@ -139,21 +154,27 @@ def _text(content: Any, where: str) -> str:
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise InputError(f"{where}.content[{i}] is of type {kind!r}", "V4 reads text parts only")
         texts.append(part["text"])
-    return "".join(texts)
+    return between.join(texts)
 
 
-def _with_tools(turns: list[_Turn], tools: Sequence[Mapping[str, Any]]) -> list[_Turn]:
-    """The tools' block at the end of the first system turn; a conversation without one gets an empty one."""
+def _tool_schemas(tools: Sequence[Mapping[str, Any]]) -> list[str]:
     schemas = []
     for k, tool in enumerate(tools):
-        function = tool.get("function", tool)
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InputError(f"tools[{k}] has no function with a name")
         schemas.append(json.dumps(function, ensure_ascii=False))
+    return schemas
+
+
+def _with_blocks(turns: list[_Turn], blocks: Sequence[str]) -> list[_Turn]:
+    """The blocks at the end of the first system turn; a conversation without one gets an empty one."""
+    if not blocks:
+        return turns
     at = next((k for k, turn in enumerate(turns) if turn.role == "system"), None)
     if at is None:
         turns, at = [_Turn("system", ""), *turns], 0
-    system = _Turn("system", turns[at].text + "\n\n" + tools_block("\n".join(schemas)))
+    system = _Turn("system", "\n\n".join([turns[at].text, *blocks]))
     return [*turns[:at], system, *turns[at + 1 :]]
 
 
@@ -168,7 +189,10 @@ def _render_calls(calls: Any, where: str) -> str:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InputError(f"{place} has no function with a name")
         lines.append(f'<｜DSML｜invoke name="{function["name"]}">')
-        for name, value in _arguments(function.get("arguments"), place).items():
+        arguments = _arguments(function.get("arguments"), place)
+        if not arguments:
+            lines.append("")  # the published encoding leaves the line of the arguments empty
+        for name, value in arguments.items():
             is_text = isinstance(value, str)
             shown = value if is_text else json.dumps(value, ensure_ascii=False)
             flag = "true" if is_text else "false"
@@ -181,7 +205,7 @@ def _arguments(arguments: Any, place: str) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{place}.function.arguments isn't JSON: {error}") from None
     if not isinstance(arguments, Mapping):
         raise InputError(f"{place}.function.arguments is {arguments!r}, must be a JSON object")

@@ -52,12 +52,17 @@ _BREAK = "\n\n"
 
 
 class ReplyParser:
-    """`thinking`: the prompt ended with <think>, so the reply opens with reasoning. `tools`: calls are looked for."""
+    """`thinking`: the prompt ended with <think>, so the reply opens with reasoning. `tools`: calls are looked for.
+
+    V4 sometimes calls tools without ending its reasoning. A block of calls with which a reply ends therefore counts,
+    wherever it stands; one that is followed by more reasoning was only thought of, and stays reasoning.
+    """
 
     def __init__(self, thinking: bool, tools: bool = True) -> None:
         self._state = _State.REASONING if thinking else _State.CONTENT
         self._tools = tools
         self._held = ""
+        self._searched = 0  # of what is held, up to where the tag that is looked for can't begin
         self._calls = 0
 
     def push(self, text: str) -> list[Event]:
@@ -68,39 +73,72 @@ class ReplyParser:
         return events
 
     def finish(self) -> list[Event]:
-        """What was held back: the start of a tag that never ended."""
+        """What was held back: a call that ends the reasoning, or the start of a tag that never ended."""
         text, self._held = self._held, ""
         if not text:
             return []
-        return [Reasoning(text) if self._state is _State.REASONING else Content(text)]
+        if self._state is not _State.REASONING:
+            return [Content(text)]
+        if text.removeprefix(_BREAK).startswith(TOOL_CALLS):
+            end = text.find(END_TOOL_CALLS) + len(END_TOOL_CALLS)
+            calls = self._read_block(text[:end]) if end >= len(END_TOOL_CALLS) else []
+            if calls and not text[end:].strip():
+                return calls
+        return [Reasoning(text)]
 
     def _advance(self, events: list[Event]) -> bool:
         """Consume what is certain; True if the state changed and there may be more."""
         if self._state is _State.REASONING:
-            return self._until(END_THINK, Reasoning, _State.CONTENT, events)
+            return self._reasoning(events)
         if self._state is _State.CONTENT:
-            return self._tools_or_text(events)
-        end = self._held.find(END_TOOL_CALLS)
+            return self._content(events)
+        end = self._find(END_TOOL_CALLS)
         if end < 0:
             return False
-        block, rest = self._held[: end + len(END_TOOL_CALLS)], self._held[end + len(END_TOOL_CALLS) :]
-        inner = block.removeprefix(_BREAK)[len(TOOL_CALLS) : -len(END_TOOL_CALLS)]
-        calls = _parse_calls(inner, self._calls)
-        events += calls or [Content(block)]
-        self._calls += len(calls)
-        self._held, self._state = rest, _State.CONTENT
+        end += len(END_TOOL_CALLS)
+        block = self._held[:end]
+        events += self._read_block(block) or [Content(block)]
+        self._drop(end)
+        self._state = _State.CONTENT
         return True
 
-    def _until(self, tag: str, kind: type[Reasoning], after: _State, events: list[Event]) -> bool:
-        at = self._held.find(tag)
-        if at < 0:
-            self._release(len(self._held) - overlap(self._held, tag), kind, events)
+    def _reasoning(self, events: list[Event]) -> bool:
+        """Up to </think>. A block of calls is held back until it is clear whether the reply ends with it."""
+        end = self._find(END_THINK)
+        block = self._held.find(TOOL_CALLS, 0, end if end >= 0 else None) if self._tools else -1
+        if block >= 0:
+            self._release(self._block_start(block), Reasoning, events)
+            return self._block_in_reasoning(events)
+        if end < 0:
+            tags = (END_THINK, *((_BREAK + TOOL_CALLS, TOOL_CALLS) if self._tools else ()))
+            self._release(len(self._held) - max(overlap(self._held, tag) for tag in tags), Reasoning, events)
             return False
-        self._release(at, kind, events)
-        self._held, self._state = self._held[len(tag) :], after
+        self._release(end, Reasoning, events)
+        self._drop(len(END_THINK))
+        self._state = _State.CONTENT
         return True
 
-    def _tools_or_text(self, events: list[Event]) -> bool:
+    def _block_in_reasoning(self, events: list[Event]) -> bool:
+        """What is held begins with a block of calls: what follows the block decides what it is."""
+        end = self._held.find(END_THINK)
+        close = self._held.find(END_TOOL_CALLS, 0, end if end >= 0 else None)
+        if close < 0:  # not closed yet; or never, as the reasoning ends before
+            self._release(max(end, 0), Reasoning, events)
+            return end >= 0
+        close += len(END_TOOL_CALLS)
+        rest = self._held[close:].lstrip()
+        if rest != END_THINK and END_THINK.startswith(rest):
+            return False  # nothing follows yet, or the beginning of </think>
+        calls = self._read_block(self._held[:close]) if rest.startswith(END_THINK) else []
+        if not calls:
+            self._release(close, Reasoning, events)
+            return True
+        events += calls
+        self._drop(end + len(END_THINK))
+        self._state = _State.CONTENT
+        return True
+
+    def _content(self, events: list[Event]) -> bool:
         if not self._tools:
             self._release(len(self._held), Content, events)
             return False
@@ -110,15 +148,33 @@ class ReplyParser:
             self._release(len(self._held) - keep, Content, events)
             return False
         # The line breaks before a block belong to it; they stay held, in case it is no block after all.
-        start = at - len(_BREAK) if self._held[:at].endswith(_BREAK) else at
-        self._release(start, Content, events)
+        self._release(self._block_start(at), Content, events)
         self._state = _State.CALLS
         return True
+
+    def _block_start(self, at: int) -> int:
+        return at - len(_BREAK) if self._held[:at].endswith(_BREAK) else at
+
+    def _read_block(self, block: str) -> list[Event]:
+        """The calls of a whole block; none if anything in it isn't well-formed."""
+        inner = block.removeprefix(_BREAK)[len(TOOL_CALLS) : -len(END_TOOL_CALLS)]
+        calls = _parse_calls(inner, self._calls)
+        self._calls += len(calls)
+        return calls
+
+    def _find(self, tag: str) -> int:
+        """Where `tag` is in what is held, searching no character twice: a long argument comes token by token."""
+        at = self._held.find(tag, max(0, self._searched - len(tag) + 1))
+        self._searched = len(self._held) if at < 0 else 0
+        return at
 
     def _release(self, size: int, kind: type[Reasoning] | type[Content], events: list[Event]) -> None:
         if size:
             events.append(kind(self._held[:size]))
-            self._held = self._held[size:]
+            self._drop(size)
+
+    def _drop(self, size: int) -> None:
+        self._held, self._searched = self._held[size:], 0
 
 
 def _parse_calls(inner: str, first: int) -> list[Event]:

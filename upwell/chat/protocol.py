@@ -10,6 +10,7 @@ ASSISTANT = "<｜Assistant｜>"
 LATEST_REMINDER = "<｜latest_reminder｜>"
 THINK = "<think>"
 END_THINK = "</think>"
+DSML = "｜DSML｜"
 TOOL_CALLS = "<｜DSML｜tool_calls>"
 END_TOOL_CALLS = "</｜DSML｜tool_calls>"
 
@@ -57,3 +58,8 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 def tools_block(schemas: str) -> str:
     """The block that tells the model its tools; `schemas` is one JSON object a line."""
     return _TOOLS.replace("{schemas}", schemas)
+
+
+def format_block(schema: str) -> str:
+    """The block that asks for a reply in a JSON schema."""
+    return f"## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{schema}"

@@ -2,7 +2,8 @@
 
 FP8 matrices and FP4 (or FP8) experts are used as the files have them, wo_a among them: decoded to BF16 it would take
 twice its size out of memory that can't be dropped, where mapped pages can. Dense tensors whose dtype needs no change
-are mapped too. The mapping is private: writing to a weight never reaches the file.
+are mapped too. The mapping is private: writing to a weight never reaches the file. For an NPU without FP8 and FP4
+(Ascend A2, A3) packed weights are decoded on the host, to the model's dtype.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
 from upwell.checkpoint.shards import Stored
 from upwell.config import Numerics
+from upwell.devices import npu
 from upwell.errors import InputError
 from upwell.model import Transformer
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts
+from upwell.ops.linear import dense_weight
 from upwell.ops.rope import inverse_frequencies
 
 DTYPES = {
@@ -82,6 +85,7 @@ class _Filler:
     def __init__(self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
         self.model, self.plan, self.device = model, plan, device
         self.official = model.numerics == "official"
+        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not INT8
         self.files = MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
@@ -102,15 +106,28 @@ class _Filler:
         tensor, scale = weight
         if scale is not None:
             assert isinstance(module, Linear)
-            module.weight = nn.Parameter(self._as_stored(tensor), requires_grad=False)
-            module.scale = self._as_stored(scale)
             # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
             module.quantize_input = self.official and not path.endswith("wo_a")
+            if self.decodes and scale.dtype != "F32":
+                module.weight = self._parameter(self._decoded(weight).to(self.device))
+                return
+            stored, module.scale = self._packed(weight)
+            module.weight = nn.Parameter(stored, requires_grad=False)
+            module.quantize_input &= scale.dtype != "F32"  # INT8 weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
-            value = self.files.tensor(tensor).to(self.device, self._dtype_of(kind))
+            value = self.files.tensor(tensor)
+            if not self._stays_mapped(module, value):
+                value = value.to(dtype=self._dtype_of(kind))
+            value = value.to(self.device)
             setattr(module, leaf, self._parameter(value) if leaf in module._parameters else value)
+
+    def _stays_mapped(self, module: nn.Module, value: Tensor) -> bool:
+        """Large BF16 matrices (the output head) in an FP32 model on a CPU: reading them is what a step costs, and the
+        product is the same as with a widened copy."""
+        widened = self.dtype == torch.float32 and self.device.type == "cpu"
+        return widened and isinstance(module, Linear) and value.nbytes >= 256 << 20
 
     def _dtype_of(self, kind: Kind) -> torch.dtype:
         if kind in ("float", "norm") or (kind == "router" and self.official):
@@ -119,7 +136,11 @@ class _Filler:
 
     def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
         experts = range(module.n)
-        if parts["w1"][0][1] is not None:
+        scale = parts["w1"][0][1]
+        if scale is not None and scale.dtype == "F32":
+            self._set_int8_experts(module, parts)
+            return
+        if scale is not None and not self.decodes:
             module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
             module.quantize_input = self.official
             return
@@ -128,10 +149,23 @@ class _Filler:
         w2 = torch.empty(module.w2.shape, dtype=self.dtype, device=self.device)
         inter = w13.shape[1] // 2
         for e in experts:
-            w13[e, :inter] = self.files.tensor(parts["w1"][e][0])
-            w13[e, inter:] = self.files.tensor(parts["w3"][e][0])
-            w2[e] = self.files.tensor(parts["w2"][e][0])
+            w13[e, :inter] = self._decoded(parts["w1"][e])
+            w13[e, inter:] = self._decoded(parts["w3"][e])
+            w2[e] = self._decoded(parts["w2"][e])
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
+
+    def _set_int8_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
+        """INT8 weights and their rows' scales, stacked as grouped products take them."""
+        inter = module.w13.shape[1] // 2
+        shapes = ((module.w13.shape, torch.int8), (module.w2.shape, torch.int8), (module.w13.shape[:2], torch.float32),
+                  (module.w2.shape[:2], torch.float32))  # fmt: skip
+        w13, w2, s13, s2 = (torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
+        for e in range(module.n):
+            w13[e, :inter], s13[e, :inter] = self._packed(parts["w1"][e])
+            w13[e, inter:], s13[e, inter:] = self._packed(parts["w3"][e])
+            w2[e], s2[e] = self._packed(parts["w2"][e])
+        module.w13, module.w2 = nn.Parameter(w13, requires_grad=False), nn.Parameter(w2, requires_grad=False)
+        module.w13_scale, module.w2_scale = s13, s2
 
     def _set_frequencies(self) -> None:
         config = self.plan.config
@@ -147,7 +181,16 @@ class _Filler:
     def _packed(self, weight: Weight) -> tuple[Tensor, Tensor]:
         tensor, scale = weight
         assert scale is not None
-        return self._as_stored(tensor), self._as_stored(scale)
+        stored = self.files.tensor(tensor)
+        if scale.dtype == "F32":
+            stored = stored.view(torch.int8)  # INT8 by rows; an FP4 weight's I8 holds two codes a byte
+        return stored.to(self.device), self._as_stored(scale)
+
+    def _decoded(self, weight: Weight) -> Tensor:
+        """The weight in host memory, decoded to the model's dtype if it is packed."""
+        tensor, scale = weight
+        stored = self.files.tensor(tensor)
+        return stored if scale is None else dense_weight(stored, self.files.tensor(scale), self.dtype)
 
     def _as_stored(self, stored: Stored) -> Tensor:
         return self.files.tensor(stored).to(self.device)

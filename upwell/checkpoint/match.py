@@ -15,8 +15,8 @@ from upwell.errors import CheckpointError
 _DENSE = ("F32", "BF16")
 _FP4 = ("I8", "U8")
 _SCALE = ("F8_E8M0", "U8")
-_DSPARK = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\.")
-_V41 = re.compile(r"(^|[._])(engram|vision|visual)")
+DSPARK = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\.")
+V41 = re.compile(r"(^|[._])(engram|vision|visual)")
 
 Weight = tuple[Stored, Stored | None]  # a tensor, and its scale where it is packed
 
@@ -86,12 +86,12 @@ def _by_canonical_name(stored: dict[str, Stored]) -> dict[str, Stored]:
 def _refuse_relatives(by_name: dict[str, Stored]) -> None:
     """Releases that look like V4 and aren't: those with a DSpark drafter, and V4.1."""
     for name, tensor in by_name.items():
-        if _DSPARK.match(name) or (name.startswith("mtp.1.") and "mtp.0.enorm.weight" not in by_name):
+        if DSPARK.match(name) or (name.startswith("mtp.1.") and "mtp.0.enorm.weight" not in by_name):
             raise CheckpointError(
                 f"{tensor} belongs to a DSpark drafter, as DeepSeek-V4-Flash-0731 has, not to V4's MTP",
                 "use a release of DeepSeek-V4 with the MTP block mtp.0 (enorm, hnorm, e_proj, h_proj)",
             )
-        if _V41.search(name):
+        if V41.search(name):
             raise CheckpointError(
                 f"{tensor} belongs to a later architecture (V4.1's Engram, or vision)",
                 "Upwell runs DeepSeek V4 checkpoints only",
@@ -109,6 +109,8 @@ def _take(name: str, slot: Slot, by_name: dict[str, Stored], directory: Path) ->
     if slot.kind in ("matrix", "expert") and tensor.dtype == "F8_E4M3":
         _check(tensor, slot.shape, ("F8_E4M3",))
         return tensor, _take_scale(name, fp8_scale_shape(slot.shape), by_name, directory)
+    if slot.kind in ("matrix", "expert") and tensor.dtype == "I8" and tensor.shape == slot.shape:
+        return tensor, _take_scale(name, slot.shape[:1], by_name, directory, ("F32",))
     if slot.kind == "expert" and tensor.dtype in _FP4:
         _check(tensor, fp4_packed_shape(slot.shape), _FP4)
         return tensor, _take_scale(name, fp4_scale_shape(slot.shape), by_name, directory)
@@ -116,12 +118,15 @@ def _take(name: str, slot: Slot, by_name: dict[str, Stored], directory: Path) ->
     return tensor, None
 
 
-def _take_scale(weight_name: str, shape: tuple[int, ...], by_name: dict[str, Stored], directory: Path) -> Stored:
+def _take_scale(
+    weight_name: str, shape: tuple[int, ...], by_name: dict[str, Stored], directory: Path,
+    dtypes: tuple[str, ...] = _SCALE,
+) -> Stored:  # fmt: skip
     name = weight_name.removesuffix("weight") + "scale"
     scale = by_name.pop(name, None)
     if scale is None:
         raise CheckpointError(f"{directory}: tensor {name} is missing, the scale of a quantized weight")
-    _check(scale, shape, _SCALE)
+    _check(scale, shape, dtypes)
     return scale
 
 

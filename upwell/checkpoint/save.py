@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,24 @@ def save_checkpoint(
         pieces = list(_hf_pieces(model))
         raw_config = hf_config(config) | {"dtype": str(model.dtype)[6:]}
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory, raw_config, _shards(pieces, max_shard_bytes))
+    _write(directory, raw_config, split_shards(pieces, max_shard_bytes))
+
+
+Specs = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Name, safetensors dtype and shape of each tensor."""
+
+
+class Digest(Protocol):
+    """A hashlib object."""
+
+    def update(self, data: Any, /) -> None: ...
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them."""
 
-    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    tensors: Specs
     make: Callable[[], tuple[Tensor, ...]]
 
     @property
@@ -80,7 +90,7 @@ class _Piece:
         return sum(prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in self.tensors)
 
 
-def _official_pieces(model: Transformer, quantize: bool) -> Iterator[_Piece]:
+def _official_pieces(model: Transformer, quantize: bool) -> Iterator[Piece]:
     for slot in slots(model.config):
         if slot.kind == "expert":
             for e in range(slot.count):
@@ -93,23 +103,24 @@ def _official_pieces(model: Transformer, quantize: bool) -> Iterator[_Piece]:
             yield _dense_piece(slot, slot.name, model, torch.bfloat16 if quantize else model.dtype)
 
 
-def _dense_piece(slot: Slot, name: str, model: Transformer, dtype: torch.dtype) -> _Piece:
+def _dense_piece(slot: Slot, name: str, model: Transformer, dtype: torch.dtype) -> Piece:
     tensor = _tensor(model, slot)
     if slot.kind == "table":
-        return _Piece(((name, "I64", slot.shape),), lambda: (tensor,))
+        return Piece(((name, "I64", slot.shape),), lambda: (tensor,))
     wanted = torch.float32 if slot.kind == "float" else dtype
-    return _Piece(((name, _FLOAT_NAMES[wanted], slot.shape),), lambda: (tensor.to(wanted),))
+    return Piece(((name, _FLOAT_NAMES[wanted], slot.shape),), lambda: (tensor.to(wanted),))
 
 
 def _weight_piece(
     slot: Slot, name: str, source: tuple[Tensor, Tensor | None], dtype: torch.dtype, quantize: bool
-) -> _Piece:
+) -> Piece:
     """A matrix or one expert's weight: as packed, packed now, or decoded."""
     weight, scale = source
     if not quantize:
-        return _Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
+        return Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
     scale_name = name.removesuffix("weight") + "scale"
-    if weight.dtype == torch.float8_e4m3fn or (scale is None and slot.kind == "matrix"):
+    packed_so = scale is not None and weight.dtype != torch.int8  # INT8 isn't the official format: encode anew
+    if weight.dtype == torch.float8_e4m3fn or (not packed_so and slot.kind == "matrix"):
         specs = ((name, "F8_E4M3", slot.shape), (scale_name, "F8_E8M0", fp8_scale_shape(slot.shape)))
         encode = quantize_fp8
     else:
@@ -121,10 +132,14 @@ def _weight_piece(
         packed, scales = fp4_packed_shape(slot.shape), fp4_scale_shape(slot.shape)
         specs = ((name, "I8", packed), (scale_name, "F8_E8M0", scales))
         encode = quantize_fp4
-    return _Piece(specs, lambda: encode(weight.detach()) if scale is None else (weight, scale))
+    if packed_so:
+        assert scale is not None
+        kept = (weight, scale)
+        return Piece(specs, lambda: kept)
+    return Piece(specs, lambda: encode(dense_weight(weight.detach(), scale, torch.float32)))
 
 
-def _hf_pieces(model: Transformer) -> Iterator[_Piece]:
+def _hf_pieces(model: Transformer) -> Iterator[Piece]:
     dtype = model.dtype
     for slot in slots(model.config):
         if is_mtp(slot.name):
@@ -139,7 +154,7 @@ def _hf_pieces(model: Transformer) -> Iterator[_Piece]:
             yield from _hf_expert_pieces(model, slot)
 
 
-def _hf_expert_pieces(model: Transformer, w1: Slot) -> Iterator[_Piece]:
+def _hf_expert_pieces(model: Transformer, w1: Slot) -> Iterator[Piece]:
     """The stacks of one layer: gate_up_proj [E, 2I, D] and down_proj [E, D, I]."""
     layer = w1.name.partition(".{}.")[0]
     dtype, inter, hidden = model.dtype, *w1.shape
@@ -153,8 +168,8 @@ def _hf_expert_pieces(model: Transformer, w1: Slot) -> Iterator[_Piece]:
         return (torch.stack(rows),)
 
     name = _FLOAT_NAMES[dtype]
-    yield _Piece(((hf_name(f"{layer}.w13"), name, (w1.count, 2 * inter, hidden)),), lambda: stack("w1", "w3"))
-    yield _Piece(((hf_name(f"{layer}.w2"), name, (w1.count, hidden, inter)),), lambda: stack("w2"))
+    yield Piece(((hf_name(f"{layer}.w13"), name, (w1.count, 2 * inter, hidden)),), lambda: stack("w1", "w3"))
+    yield Piece(((hf_name(f"{layer}.w2"), name, (w1.count, hidden, inter)),), lambda: stack("w2"))
 
 
 def _expert_weight(model: Transformer, slot: Slot, expert: int) -> tuple[Tensor, Tensor | None]:
@@ -163,10 +178,10 @@ def _expert_weight(model: Transformer, slot: Slot, expert: int) -> tuple[Tensor,
     assert isinstance(module, Experts)
     if module.packed is not None:
         return module.packed[expert][leaf]
-    if leaf == "w2":
-        return module.w2[expert], None
     inter = module.w13.shape[1] // 2
-    return module.w13[expert, :inter] if leaf == "w1" else module.w13[expert, inter:], None
+    rows = {"w1": slice(0, inter), "w3": slice(inter, 2 * inter), "w2": slice(None)}[leaf]
+    stack, scales = (module.w2, module.w2_scale) if leaf == "w2" else (module.w13, module.w13_scale)
+    return stack[expert, rows], None if scales is None else scales[expert, rows]
 
 
 def _tensor(model: Transformer, slot: Slot) -> Tensor:
@@ -176,9 +191,9 @@ def _tensor(model: Transformer, slot: Slot) -> Tensor:
     return tensor
 
 
-def _shards(pieces: list[_Piece], max_bytes: int) -> list[list[_Piece]]:
+def split_shards(pieces: list[Piece], max_bytes: int) -> list[list[Piece]]:
     """Split in order, each shard at most `max_bytes` unless one piece alone is larger."""
-    shards: list[list[_Piece]] = [[]]
+    shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
         if shards[-1] and size + piece.nbytes > max_bytes:
@@ -189,7 +204,7 @@ def _shards(pieces: list[_Piece], max_bytes: int) -> list[list[_Piece]]:
     return shards
 
 
-def _write(directory: Path, raw_config: dict[str, Any], shards: list[list[_Piece]]) -> None:
+def _write(directory: Path, raw_config: dict[str, Any], shards: list[list[Piece]]) -> None:
     count = len(shards)
     names = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     documents = {"config.json": raw_config}
@@ -201,7 +216,7 @@ def _write(directory: Path, raw_config: dict[str, Any], shards: list[list[_Piece
     try:
         for name, shard in zip(names, shards, strict=True):
             written.append(name)
-            _write_shard(_temporary(directory, name), shard)
+            write_shard(_temporary(directory, name), shard)
         for name, document in documents.items():
             written.append(name)
             _temporary(directory, name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -219,7 +234,10 @@ def _temporary(directory: Path, name: str) -> Path:
     return directory / f".{name}.{os.getpid()}.tmp"
 
 
-def _write_shard(file: Path, pieces: list[_Piece]) -> None:
+def write_shard(
+    file: Path, pieces: list[Piece], digest: Digest | None = None, progress: Callable[[int], None] | None = None
+) -> None:
+    """Write one safetensors file, synced. `digest` takes all its bytes; `progress` the data bytes written so far."""
     # Wide items first: every tensor then starts at a multiple of its item, and can be mapped without a copy.
     pieces = sorted(pieces, key=lambda p: -max(ITEM_BYTES[dtype] for _, dtype, _ in p.tensors))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -232,12 +250,20 @@ def _write_shard(file: Path, pieces: list[_Piece]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
+        head = len(text).to_bytes(8, "little") + text
+        stream.write(head)
+        if digest is not None:
+            digest.update(head)
+        at = 0
         for piece in pieces:
             for tensor in piece.make():
                 raw = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
                 stream.write(raw.numpy().data)
+                if digest is not None:
+                    digest.update(raw.numpy().data)
+                at += raw.numel()
+            if progress is not None:
+                progress(at)
         stream.flush()
         os.fsync(stream.fileno())
 

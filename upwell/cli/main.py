@@ -12,17 +12,23 @@ from upwell.errors import UpwellError
 
 COMMANDS = {
     "ask": "answer a question from a table: CSV, Parquet, JSON, Excel, SQLite",
-    "serve": "serve a model by OpenAI's API",
+    "serve": "serve a model by the APIs of OpenAI and Anthropic",
+    "key": "make an API key for the server",
     "run": "continue a prompt",
     "chat": "talk to a model",
     "bench": "measure prefill, decode or serving",
+    "doctor": "show versions, kernels, memory and usable devices",
     "inspect": "show a model's layers, parameters, bytes and cache",
+    "convert": "convert a checkpoint: BF16 or W8A8 for Ascend A2 and A3, FP8 or FP4",
+    "verify": "compare a converted checkpoint with its checksums",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for the user's errors, 1 for ours, 130 for Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # An installed torch_npu would be imported by torch itself, and fail without CANN, whatever the device asked for.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     named = next((word for word in argv if word in COMMANDS), None)
     parser = _parser(named)
     try:

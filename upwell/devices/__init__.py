@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
+from upwell.devices import npu
 from upwell.errors import DeviceError, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
     """'auto', 'cpu', 'cuda[:i]' or 'npu[:i]' as a usable torch.device. Raises DeviceError with what is missing.
 
-    'auto' takes an NPU that torch has loaded already, else CUDA, else the CPU.
+    'auto' takes the first usable of npu, cuda, cpu. An installed torch_npu that can't be used is warned of, so that
+    nobody computes on the CPU of an Ascend server without knowing it.
     """
     if name == "auto":
-        npu = getattr(torch, "npu", None)
-        if npu is not None and npu.is_available():
-            return torch.device("npu", 0)
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return _best()
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "npu") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise DeviceError(f"no device {name!r}", "devices: auto, cpu, cuda, cuda:0, npu, npu:0")
     if kind == "cpu":
         return torch.device("cpu")
-    count = _cuda_count() if kind == "cuda" else _npu_count()
+    count = _cuda_count() if kind == "cuda" else npu.count()
     if int(index or 0) >= count:
         raise DeviceError(f"device {name!r} isn't there: this machine has {count} of {kind}", "the first one is :0")
     return torch.device(kind, int(index or 0))
@@ -39,6 +42,16 @@ def resolve_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def _best() -> torch.device:
+    if getattr(torch, "npu", None) is not None or npu.installed_version() is not None:
+        try:
+            npu.load()
+            return torch.device("npu", 0)
+        except DeviceError as error:
+            logger.warning("%s", error)
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _cuda_count() -> int:
     if not torch.cuda.is_available():
         built = torch.version.cuda is not None
@@ -47,18 +60,3 @@ def _cuda_count() -> int:
             "use --device cpu, or install a CUDA build of torch",
         )
     return torch.cuda.device_count()
-
-
-def _npu_count() -> int:
-    try:
-        import torch_npu  # noqa: F401  (registers torch.npu)
-    except ImportError as error:
-        # Two ways to fail: the package is absent, or it is there and CANN's libraries aren't.
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch_npu"
-        why = "torch_npu isn't installed" if absent else f"torch_npu can't be loaded: {error}"
-        fix = "pip install 'upwell[npu]'" if absent else "source CANN's set_env.sh first"
-        raise DeviceError(f"device 'npu' isn't usable here: {why}", fix) from None
-    npu = getattr(torch, "npu")  # noqa: B009  (torch_npu put it there; torch's types don't know it)
-    if not npu.is_available():
-        raise DeviceError("device 'npu' isn't usable here: the driver shows no NPU", "check with npu-smi info")
-    return int(npu.device_count())

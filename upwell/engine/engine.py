@@ -55,6 +55,7 @@ class EngineOptions(TypedDict, total=False):
     prefix_cache_bytes: int
     prefix_cache_dir: str | Path | None
     prefix_cache_disk_bytes: int
+    graphs: bool
     speculative_tokens: int | None
 
 
@@ -64,6 +65,7 @@ class Engine:
     `max_num_seqs` sequences run at once; with `max_queue`, a request is refused while as many more wait. The prefix
     cache keeps up to `prefix_cache_bytes` in memory and, given a directory, `prefix_cache_disk_bytes` there.
     Up to `speculative_tokens` are drafted a step where that pays (speculative.py); None or 0 drafts none.
+    `graphs`: decode steps are captured as device graphs and replayed (npu, cuda).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         prefix_cache_dir: str | Path | None = None,
         prefix_cache_disk_bytes: int = PREFIX_CACHE_DISK_BYTES,
+        graphs: bool = False,
         speculative_tokens: int | None = None,
     ) -> None:
         sizes = {
@@ -99,7 +102,7 @@ class Engine:
         self.config = model.config
         vocab, eos = self.config.vocab_size, self.config.eos_token_id
         self._grammars = None if tokenizer is None else GrammarCompiler(tokenizer, vocab, eos)
-        self.runner = Runner(model, blocks, max_num_seqs)
+        self.runner = Runner(model, blocks, max_num_seqs, graphs)
         self.speculator = Speculator(self.runner, drafts) if drafts else None
         if self.speculator is not None:
             self.runner.reader = self.speculator.read
@@ -109,7 +112,7 @@ class Engine:
             if prefix_cache_dir is not None:
                 disk = PrefixDisk(Path(prefix_cache_dir), fingerprint(model), prefix_cache_disk_bytes)
             self.prefix = PrefixCache(self.runner.cache, prefix_cache_bytes, disk)
-        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix)
+        self.scheduler = Scheduler(blocks, max_num_seqs, chunk, self.prefix, self.runner.computes_ragged)
         self.budget = ChunkBudget(chunk)
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)
@@ -226,18 +229,18 @@ class Engine:
     def step(self) -> None:
         """Decode one token of every running sequence and compute some prompt tokens beside it."""
         self._expire()
-        batch = self.scheduler.schedule(self.budget.tokens)
+        batch = self.scheduler.schedule(self.budget)
+        decode = [(sequence, 1) for sequence in batch.decode]
         began = time.perf_counter()
         if batch.decode and self.speculator is not None:
             self._speculate(self.speculator, batch.decode)
-        elif batch.decode:
-            self._run([(sequence, 1) for sequence in batch.decode])
-        decoded = time.perf_counter()
-        if batch.prefill:
             self._run(batch.prefill)
-            if batch.decode:
-                tokens = sum(n for _, n in batch.prefill)
-                self.budget.measured(decoded - began, time.perf_counter() - decoded, tokens)
+        elif self.runner.computes_ragged:
+            self._run(decode + batch.prefill)
+        else:  # padding one token to a chunk would cost a chunk
+            self._run(decode)
+            self._run(batch.prefill)
+        self.budget.measured(len(decode), sum(n for _, n in batch.prefill), time.perf_counter() - began)
         for sequence in batch.restored:
             if self.speculator is not None and sequence.restored is not None:
                 self.speculator.read(sequence, sequence.computed - 1, sequence.restored)

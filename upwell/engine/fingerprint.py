@@ -32,7 +32,7 @@ def fingerprint(model: Transformer) -> str:
         middle = max(0, len(flat) // 2 - _SAMPLE // 2)
         parts = [flat] if whole else [flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]]
         for part in parts:
-            told.update(memoryview(part.cpu().numpy()))
+            told.update(part.cpu().numpy().data)
     return told.hexdigest()
 
 

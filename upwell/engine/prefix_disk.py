@@ -117,7 +117,7 @@ class PrefixDisk:
             unfinished = self._folder / f"{name}.{os.getpid()}-{threading.get_ident()}.tmp"
             try:
                 with unfinished.open("wb") as file:
-                    raw = memoryview(data.numpy())
+                    raw = data.numpy().data
                     file.write(hashlib.blake2b(raw, digest_size=_SUM).digest())
                     file.write(raw)
                 os.replace(unfinished, self._folder / name)

@@ -1,12 +1,14 @@
 """From logits to the next token of each sequence.
 
 Rows are edited one by one (penalties, bias, masks touch few ids); truncation and drawing run over all rows at once.
-Nothing is sorted unless a row asks for top_k or top_p. Each sequence draws from its own generator, one number a token,
-by inverting the cumulative distribution: the same seed gives the same token whatever else is in the batch.
+Nothing is ever sorted whole: top_k and top_p look at the best tokens, and top_p bisects where these don't suffice. Each
+sequence draws from its own generator, one number a token, by inverting the cumulative distribution: the same seed gives
+the same token whatever else is in the batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -19,8 +21,9 @@ from upwell.engine.outputs import TokenLogprob
 from upwell.engine.params import Allowed, SamplingParams
 from upwell.engine.sequence import Sequence
 
-_CANDIDATES = 1024  # top_p looks at this many best tokens before it sorts the whole vocabulary
+_CANDIDATES = 1024  # best tokens that top_p looks at first
 _NEVER = float("-inf")
+_CHUNK = 512  # terms that a running sum in FP32 adds up
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,30 @@ def _draw(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -
         scaled.masked_fill_(scaled < _kth_best(scaled, [p.top_k for p in params]), _NEVER)
     if any(p.top_p < 1 for p in params):
         scaled.masked_fill_(scaled < _nucleus(scaled, column([p.top_p for p in params])), _NEVER)
-    # Cumulated in FP64: 129,280 FP32 terms would lose the rare tokens.
-    cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
-    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-    # The first token whose cumulated probability exceeds the target: never one of probability 0.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return _invert(scaled.softmax(dim=-1), uniforms)
+
+
+def _invert(probs: Tensor, uniform: list[float]) -> Tensor:
+    """The token of each row at which the cumulated probs [R, V] pass its uniform number: tokens [R].
+
+    In FP32, which is all an NPU has, a running sum of 129,280 terms would lose the rare tokens. So first the chunk is
+    found among the sums of chunks, then the token in its chunk, by the number's 23 high bits and its low bits.
+    """
+    rows, vocab = probs.shape
+    chunks = torch.nn.functional.pad(probs, (0, -vocab % _CHUNK)).view(rows, -1, _CHUNK)
+    edges = chunks.sum(dim=-1).cumsum(dim=-1)
+    high = [math.floor(u * 2**23) / 2**23 for u in uniform]
+    low = [u - h for u, h in zip(uniform, high, strict=True)]
+    total = edges[:, -1:]
+    # At most 1 - 2^-23 of the total, so below it in FP32 too: what is found is never of probability 0.
+    target = total * torch.tensor(high, device=probs.device).unsqueeze(1)
+    chunk = torch.searchsorted(edges, target, right=True)
+    start = edges.gather(1, (chunk - 1).clamp(min=0)).masked_fill(chunk == 0, 0.0)
+    rest = (target - start) + total * torch.tensor(low, device=probs.device).unsqueeze(1)
+    share = (rest / (edges.gather(1, chunk) - start)).clamp(max=1 - 2**-23)
+    inner = chunks.gather(1, chunk.unsqueeze(-1).expand(-1, -1, _CHUNK)).squeeze(1).cumsum(dim=-1)
+    place = torch.searchsorted(inner, share * inner[:, -1:], right=True)
+    return (chunk * _CHUNK + place).squeeze(1)
 
 
 def _kth_best(scaled: Tensor, ks: list[int]) -> Tensor:
@@ -127,18 +147,46 @@ def _kth_best(scaled: Tensor, ks: list[int]) -> Tensor:
 
 
 def _nucleus(scaled: Tensor, top_p: Tensor) -> Tensor:
-    """The value of the last token of the smallest set of best tokens that holds top_p [R, 1]."""
-    vocab = scaled.shape[-1]
-    total = scaled.double().logsumexp(dim=-1, keepdim=True)
-    for size in (min(_CANDIDATES, vocab), vocab):
-        best = scaled.topk(size, dim=-1).values
-        mass = (best.double() - total).exp()
-        before = mass.cumsum(dim=-1) - mass
-        if size == vocab or bool((before[:, -1:] + mass[:, -1:] >= top_p).all()):
-            break
-    count = (before < top_p).sum(dim=-1, keepdim=True)
-    last = best.gather(1, count - 1)
+    """The value of the last token of the smallest set of best tokens that holds top_p [R, 1]; -inf for top_p off."""
+    total = scaled.logsumexp(dim=-1, keepdim=True)
+    best = scaled.topk(min(_CANDIDATES, scaled.shape[-1]), dim=-1).values
+    mass = (best - total).exp()
+    before = _before(mass)
+    last = best.gather(1, (before < top_p).sum(dim=-1, keepdim=True) - 1)
+    short = ((before[:, -1:] + mass[:, -1:] < top_p) & (top_p < 1)).squeeze(1)  # the candidates hold less than top_p
+    if best.shape[-1] < scaled.shape[-1] and bool(short.any()):
+        last[short] = _bisected(scaled[short], (top_p * total.exp())[short])
     return last.masked_fill(top_p >= 1, _NEVER)
+
+
+def _bisected(scaled: Tensor, wanted: Tensor) -> Tensor:
+    """The largest value whose row's tokens at or above it have `wanted` mass (exp of scaled) [R, 1], without sorting.
+
+    By bisection over FP32's values in order, of which none positive is needed: the best token is at 0.
+    """
+    mass = scaled.exp()
+    high = torch.zeros_like(wanted, dtype=torch.int32)
+    low = torch.full_like(high, -0x7F800000)  # of -inf: all tokens
+    while bool((low + 1 < high).any()):
+        middle = low + (high - low) // 2
+        enough = (mass * (scaled >= _ordered(middle))).sum(dim=-1, keepdim=True) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return _ordered(low)
+
+
+def _ordered(rank: Tensor) -> Tensor:
+    """The FP32 value at a rank at or below 0, int32: 0 is 0.0, -1 the negative number next to it, and so on."""
+    return -(-rank).view(torch.float32)
+
+
+def _before(mass: Tensor) -> Tensor:
+    """What lies before each item of mass [R, N]: a running sum in chunks: FP32 drifts over many terms."""
+    n = mass.shape[-1]
+    chunks = torch.nn.functional.pad(mass, (0, -n % _CHUNK)).unflatten(-1, (-1, _CHUNK))
+    sums = chunks.sum(dim=-1)
+    starts = sums.cumsum(dim=-1) - sums
+    inner = chunks.cumsum(dim=-1) - chunks
+    return (starts.unsqueeze(-1) + inner).flatten(-2)[:, :n]
 
 
 def _logprobs(logits: Tensor, tokens: list[int], sequences: Items[Sequence]) -> dict[int, TokenLogprob]:

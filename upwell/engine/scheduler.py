@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from upwell.config import BLOCK_TOKENS
 from upwell.engine.blocks import Pool, blocks_for
+from upwell.engine.budget import ChunkBudget
 from upwell.engine.outputs import FinishReason
 from upwell.engine.prefix import PrefixCache, next_cut
 from upwell.engine.sequence import Sequence, Status
@@ -32,10 +33,16 @@ class Batch:
 
 
 class Scheduler:
-    """Owns slots, blocks and both queues, each in order. `chunk`: prompt tokens a step when nothing decodes."""
+    """Owns slots, blocks and both queues, each in order. `chunk`: prompt tokens a step when nothing decodes.
 
-    def __init__(self, blocks: int, slots: int, chunk: int, prefix: PrefixCache | None = None) -> None:
+    `ragged`: the model computes prompts of different lengths together without padding them.
+    """
+
+    def __init__(
+        self, blocks: int, slots: int, chunk: int, prefix: PrefixCache | None = None, ragged: bool = False
+    ) -> None:
         self.blocks, self.slots, self.chunk, self.prefix = Pool(blocks), Pool(slots), chunk, prefix
+        self.ragged = ragged
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -58,14 +65,15 @@ class Scheduler:
             self._evict(sequence)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
 
-    def schedule(self, beside_decode: int | None = None) -> Batch:
-        """The next step, with at most `beside_decode` prompt tokens if it decodes too."""
+    def schedule(self, budget: ChunkBudget) -> Batch:
+        """The next step."""
         self._grow()
         self._admit()
-        batch = Batch([s for s in self.running if s.status is Status.DECODE])
-        tokens = self.chunk if beside_decode is None or not batch.decode else min(self.chunk, beside_decode)
-        self._prefill(batch, tokens)
-        return batch
+        decode = [s for s in self.running if s.status is Status.DECODE]
+        prompts = [s for s in self.running if s.status is Status.PREFILL]
+        tokens = min(self.chunk, budget.tokens(len(decode))) if decode and prompts else self.chunk
+        fresh = [s for s in prompts if s.restored is None]
+        return Batch(decode, self._prefill(fresh, tokens), [s for s in prompts if s.restored is not None])
 
     def computed(self, sequence: Sequence, tokens: int) -> None:
         """`tokens` more of the sequence are in the cache."""
@@ -163,19 +171,19 @@ class Scheduler:
         self.slots.give_back([sequence.slot])
         sequence.table, sequence.slot, sequence.computed, sequence.restored = [], -1, 0, None
 
-    def _prefill(self, batch: Batch, budget: int) -> None:
-        """As many sequences as fit the budget when padded to the longest of them; each stops at its next cut."""
-        prompts = [s for s in self.running if s.status is Status.PREFILL]
-        batch.restored = [s for s in prompts if s.restored is not None]
-        longest = 0
-        for sequence in (s for s in prompts if s.restored is None):
-            tokens = min(len(sequence) - sequence.computed, budget)
+    def _prefill(self, prompts: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+        """As many as fit the budget (padded to the longest of them, unless ragged); each stops at its next cut."""
+        batch: list[tuple[Sequence, int]] = []
+        used = longest = 0
+        for sequence in prompts:
+            tokens = min(len(sequence) - sequence.computed, budget - used if self.ragged else budget)
             if self.prefix is not None:
                 tokens = min(tokens, next_cut(sequence.computed) - sequence.computed)
-            longest = max(longest, tokens)
-            if batch.prefill and (len(batch.prefill) + 1) * longest > budget:
+            used, longest = used + tokens, max(longest, tokens)
+            if tokens <= 0 or (batch and not self.ragged and (len(batch) + 1) * longest > budget):
                 break
-            batch.prefill.append((sequence, tokens))
+            batch.append((sequence, tokens))
+        return batch
 
 
 def _same_prompt(a: Sequence, b: Sequence) -> bool:

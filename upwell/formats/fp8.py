@@ -63,3 +63,12 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes = encode_ue8m0(blocks.abs().amax(dim=(1, 3)).clamp(min=MIN_AMAX) / FP8_MAX)
     quantized = (blocks / decode_ue8m0(codes)[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
     return quantized.reshape(padded.shape)[:rows, :cols].to(torch.float8_e4m3fn).contiguous(), codes
+
+
+def round_to_fp8(x: Tensor) -> Tensor:
+    """Each value to the nearest e4m3 (ties to even, beyond 448 to 448), FP32, without the dtype: A2 and A3 lack it."""
+    x = x.float().clamp(-FP8_MAX, FP8_MAX)
+    # The exponent's bits give the spacing: 2^(e - 3), and 2^-9 for all below the smallest normal, 2^-6.
+    exponent = ((x.abs().view(torch.int32) >> 23) - 3).clamp(min=127 - 9)
+    step = (exponent << 23).view(torch.float32)
+    return torch.round(x / step) * step

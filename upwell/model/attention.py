@@ -13,9 +13,10 @@ from upwell.config import ModelConfig, Numerics
 from upwell.model.cache import LayerCache, Step, Tail
 from upwell.model.compressor import Compressor, fake_fp8_nope
 from upwell.model.indexer import Indexer
-from upwell.model.layers import Linear, RMSNorm
-from upwell.ops import attention_native
+from upwell.model.layers import Linear, RMSNorm, linears
+from upwell.ops import attention_native, linear_autograd
 from upwell.ops.attention import attend, attend_step
+from upwell.ops.indexer import select_step
 from upwell.ops.norm import rms_norm
 from upwell.ops.rope import apply_rope
 
@@ -50,13 +51,18 @@ class Attention(nn.Module):
         self.indexer = Indexer(config, numerics) if ratio == config.csa_ratio else None
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, step: Step | None = None) -> Tensor:
-        q_latent = self.q_norm(self.wq_a(x))
+        whole = cache is None or step is None
+        joined = [self.wq_a, self.wkv]
+        if whole and self.compressor is not None and not self.official:
+            joined += [self.compressor.wkv, self.compressor.wgate]
+        raw_latent, raw_kv, *pooled = linears(x, *joined)
+        q_latent = self.q_norm(raw_latent)
         raw_q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        kv = apply_rope(self.kv_norm(self.wkv(x)), rope.cos, rope.sin)
+        kv = apply_rope(self.kv_norm(raw_kv), rope.cos, rope.sin)
         if self.official:
             kv = fake_fp8_nope(kv, self.rope_dim)
         if cache is None or step is None:
-            return self._project_out(self._from_scratch(x, raw_q, q_latent, kv, rope))
+            return self._project_out(self._from_scratch(x, raw_q, q_latent, kv, pooled, rope))
         q = self._turned(raw_q, rope)
         if step.is_decode:
             out = self._decode(x, q, q_latent, kv, rope, cache, step)
@@ -72,16 +78,23 @@ class Attention(nn.Module):
     def _project_out(self, out: Tensor) -> Tensor:
         """Grouped low-rank projection: group i sees its own heads only. [B, S, H, d] -> [B, S, D]."""
         batch, steps = out.shape[:2]
+        if linear_autograd.usable(out, self.wo_a.weight):
+            return self.wo_b(linear_autograd.grouped_linear(out.flatten(-2), self.wo_a.weight, self.groups))
         grouped = out.reshape(batch * steps, self.groups, -1).transpose(0, 1)
         wo_a = self.wo_a.dense(out.dtype).view(self.groups, self.o_rank, -1)
         latent = torch.bmm(grouped, wo_a.transpose(1, 2))
         return self.wo_b(latent.transpose(0, 1).reshape(batch, steps, -1))
 
-    def _from_scratch(self, x: Tensor, raw_q: Tensor, q_latent: Tensor, kv: Tensor, rope: Rope) -> Tensor:
-        """Whole sequences from position 0, no cache; differentiable. Outputs are rotated back."""
+    def _from_scratch(
+        self, x: Tensor, raw_q: Tensor, q_latent: Tensor, kv: Tensor, pooled: list[Tensor], rope: Rope
+    ) -> Tensor:
+        """Whole sequences from position 0, no cache; differentiable. Outputs are rotated back.
+
+        pooled: the compressor's projections of x, or empty where it makes them itself.
+        """
         entries = selected = None
         if self.compressor is not None:
-            entries = self.compressor(x, rope.freqs)
+            entries = self.compressor(x, rope.freqs, (pooled[0], pooled[1]) if pooled else None)
             if self.indexer is not None and entries.shape[1] > self.indexer.topk:
                 keys = self.indexer.compressor(x, rope.freqs)
                 selected = self._select(x, q_latent, keys, rope, 0)
@@ -142,26 +155,26 @@ class Attention(nn.Module):
     def _decode(
         self, x: Tensor, q: Tensor, q_latent: Tensor, kv: Tensor, rope: Rope, cache: LayerCache, step: Step
     ) -> Tensor:
-        """One token a sequence, all sequences at once: keys are the window's ring and the gathered entries."""
-        slots = torch.tensor(step.slots, device=x.device)
-        positions = torch.tensor(step.starts, device=x.device)
+        """One token a sequence, all sequences at once: keys are the window's ring and the gathered entries.
+
+        No shape depends on the numbers in step.decode, and nothing waits for them.
+        """
+        slots, positions = step.decode.slots, step.decode.positions
         cache.window[slots, positions % self.window] = kv[:, 0]
         keys = cache.window[slots]
         valid = torch.arange(self.window, device=x.device)[None, :] <= positions[:, None]
         if self.compressor is not None:
-            rows = step.entry_rows(self.ratio)
-            entries = self._append(self.compressor, x[:, 0], cache.tail, cache.entries, rows, step, rope)
-            table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            visible = (positions + 1) // self.ratio
-            picks = torch.arange(table.shape[1], device=x.device).expand(len(rows), -1)
-            seen = picks < visible[:, None]
+            entries = self._append(self.compressor, x[:, 0], cache.tail, cache.entries, step, rope)
+            table, visible = step.decode.rows(self.ratio), step.decode.visible(self.ratio)
+            seen = torch.arange(table.shape[1], device=x.device)[None, :] < visible[:, None]
             if self.indexer is not None:
-                index_keys = self._append(
-                    self.indexer.compressor, x[:, 0], cache.index_tail, cache.index_keys, rows, step, rope
-                )
+                self._append(self.indexer.compressor, x[:, 0], cache.index_tail, cache.index_keys, step, rope)
                 if table.shape[1] > self.indexer.topk:
+                    assert cache.index_keys is not None
                     queries, weights = self.indexer.queries(x, q_latent, rope.cos, rope.sin)
-                    picks = self.indexer(queries, weights, index_keys[table], visible[:, None])[:, 0]
+                    picks = select_step(
+                        queries, weights, cache.index_keys, step.decode.tables, table, visible, self.indexer.topk
+                    )
                     seen = picks >= 0
                     table = table.gather(1, picks.clamp(min=0))
             keys = torch.cat((keys, entries[table]), dim=1)
@@ -169,13 +182,15 @@ class Attention(nn.Module):
         return attend_step(q[:, 0], keys, valid, self.attn_sink).unsqueeze(1)
 
     def _append(
-        self, compressor: Compressor, x: Tensor, tail: Tail | None, pool: Tensor | None, rows: list[Tensor],
-        step: Step, rope: Rope,
-    ) -> Tensor:  # fmt: skip
-        """Store the entries that this step completes; return the pool as rows [blocks * per_block, d]."""
+        self, compressor: Compressor, x: Tensor, tail: Tail | None, pool: Tensor | None, step: Step, rope: Rope
+    ) -> Tensor:
+        """Store the sequences' entries as far as they are known; return the pool as rows [blocks * per_block, d].
+
+        An entry without all its tokens isn't visible, and is written anew until its last token is there.
+        """
         assert tail is not None and pool is not None
-        closing, fresh = compressor.step(x, step, tail, rope.freqs)
+        fresh = compressor.step(x, step, tail, rope.freqs)
         flat: Tensor = pool.view(-1, pool.shape[-1])
-        if closing:
-            flat[torch.stack([rows[b][-1] for b in closing])] = fresh
+        if fresh is not None:
+            flat[step.decode.open_row(self.ratio)] = fresh
         return flat

@@ -11,6 +11,7 @@ them. In the rings they took the places of old tokens that are still needed: tho
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -78,7 +79,6 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in (*self.layers, *self.mtp) for t in layer.tensors())
 
-
     def save(self, slots: list[int], positions: list[int]) -> SavedRings:
         """What the rings hold where tokens at these positions of these slots (pairs) will go. As many positions of a
         slot as its shortest ring has places (2 * csa_ratio), at most."""
@@ -120,12 +120,45 @@ class SavedRings:
     rows: list[Tensor]
 
 
+class DecodeInputs:
+    """What one decode step is told, as tensors on the device: slots [B], positions [B], tables [B, blocks], all INT64.
+
+    Their shapes alone decide the shapes of the step, so it can be captured as a graph and replayed on new numbers.
+    `longest` (eager steps only) cuts the tables to the entries that the longest sequence has.
+    """
+
+    def __init__(self, slots: Tensor, positions: Tensor, tables: Tensor, longest: int | None = None) -> None:
+        self.slots, self.positions, self.tables, self.longest = slots, positions, tables, longest
+        self._rows: dict[int, Tensor] = {}
+
+    def visible(self, ratio: int) -> Tensor:
+        """How many entries each query sees, the one that this step completes included: [B]."""
+        return (self.positions + 1) // ratio
+
+    def rows(self, ratio: int) -> Tensor:
+        """Pool rows of the sequences' entries in order, [B, N]; those from `visible` on mean nothing."""
+        if ratio not in self._rows:
+            per_block = BLOCK_TOKENS // ratio
+            inside = torch.arange(per_block, device=self.tables.device)
+            rows = (self.tables.unsqueeze(-1) * per_block + inside).flatten(1)
+            self._rows[ratio] = rows if self.longest is None else rows[:, : self.longest // ratio]
+        return self._rows[ratio]
+
+    def open_row(self, ratio: int) -> Tensor:
+        """Pool row of the entry that each token belongs to, [B]. It is nobody's but the sequence's own."""
+        per_block = BLOCK_TOKENS // ratio
+        blocks = self.tables.gather(1, (self.positions // BLOCK_TOKENS).unsqueeze(1)).squeeze(1)
+        return blocks * per_block + self.positions // ratio % per_block
+
+
 @dataclass(frozen=True)
 class Step:
-    """Which cached sequences one forward extends: input_ids [B, S] hold lengths[b] new tokens each, padded right.
+    """Which cached sequences one forward extends: input_ids [B, S] hold lengths[b] new tokens each, padded right, or
+    [1, T] hold all sequences' tokens one after another (ragged).
 
     starts[b] tokens are in the cache already; slots[b] is the sequence's slot, tables[b] its block table (long
-    enough for the new tokens too). All host values, so that no step waits for the device.
+    enough for the new tokens too). All host values, so that no step waits for the device. A decode step can instead
+    be given its numbers as tensors (`on_device`), the lists then being of the right length only.
     """
 
     slots: list[int]
@@ -133,15 +166,45 @@ class Step:
     lengths: list[int]
     tables: list[list[int]]
     device: torch.device | str = "cpu"
+    on_device: DecodeInputs | None = None
     _rows: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
+    _inputs: list[DecodeInputs] = field(default_factory=list, repr=False)
+
+    def is_ragged(self, input_ids: Tensor) -> bool:
+        return input_ids.shape[0] != len(self.lengths)
+
+    def first_rows(self, input_ids: Tensor) -> list[int]:
+        """Where each sequence's tokens begin in the flattened input."""
+        if self.is_ragged(input_ids):
+            return list(accumulate(self.lengths, initial=0))[:-1]
+        return [b * input_ids.shape[1] for b in range(len(self.lengths))]
 
     @property
     def is_decode(self) -> bool:
         """Every sequence brings exactly one token."""
         return all(n == 1 for n in self.lengths)
 
+    @property
+    def decode(self) -> DecodeInputs:
+        """A decode step's numbers on the device, sent there once a step."""
+        if self.on_device is not None:
+            return self.on_device
+        if not self._inputs:
+            width = max(len(table) for table in self.tables)
+            tables = torch.tensor([table + [0] * (width - len(table)) for table in self.tables], dtype=torch.long)
+            host = (torch.tensor(self.slots), torch.tensor(self.starts), tables)
+            slots, starts, tables = (t.to(self.device, non_blocking=True) for t in host)
+            self._inputs.append(DecodeInputs(slots, starts, tables, longest=max(self.starts) + 1))
+        return self._inputs[0]
+
+    def may_complete(self, ratio: int) -> bool:
+        """Some sequence of this decode step completes an entry; a captured step has to assume it."""
+        return self.on_device is not None or any((start + 1) % ratio == 0 for start in self.starts)
+
     def positions(self, steps: int) -> Tensor:
         """[B, steps] positions of the input tokens (padding counts on)."""
+        if self.is_decode and steps == 1:
+            return self.decode.positions.unsqueeze(1)
         starts = torch.tensor(self.starts, device=self.device)
         return starts[:, None] + torch.arange(steps, device=self.device)
 

@@ -33,7 +33,7 @@ _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held 
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
 _PANELS = 4
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 3}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
 
 class _Unsupported(Exception):
@@ -225,6 +225,11 @@ def plan(model: Transformer) -> Plan | None:
     return made
 
 
+def _dense_bytes(block: Any) -> int:
+    """Of one layer's weights that every token goes through."""
+    return sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
+
+
 def _make(model: Transformer) -> Plan | None:
     c = model.config
     weight = model.embed.weight
@@ -234,10 +239,7 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
-    dense = max(
-        sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
-        for block in model.layers
-    )
+    dense = max(_dense_bytes(block) for block in model.layers)
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
@@ -309,7 +311,7 @@ def run_layers(
             plan.caches[cache] = structs
         caches = structs[0] if mtp is None else structs[1 + mtp]
         layers = plan.layers if mtp is None else plan.mtp[mtp]
-        width = input_ids.shape[1]
+        first_rows = step.first_rows(input_ids)
         ids = input_ids.contiguous().view(-1)
         tables = [array("q", table) for table in step.tables]
         threads = torch.get_num_threads()
@@ -320,7 +322,7 @@ def run_layers(
             for at, (b, offset, count) in zip(sequences, parts, strict=True):
                 at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
                 at.table = tables[b].buffer_info()[0]
-                spans.append((b * width + offset, count))
+                spans.append((first_rows[b] + offset, count))
                 row += count
             first = spans[0][0]
             joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upwell.config import ModelConfig, Numerics
 from upwell.model.cache import Step, Tail
-from upwell.model.layers import Linear, RMSNorm
+from upwell.model.layers import Linear, RMSNorm, linears
 from upwell.ops.compress import overlap_windows, pool_windows
 from upwell.ops.fake_quant import fake_fp4, fake_fp8, hadamard
 from upwell.ops.rope import apply_rope, rope_angles
@@ -40,14 +40,23 @@ class Compressor(nn.Module):
         """kv and gate (position bias added) of each token: [..., D], positions [...] -> [..., coff*d] twice, FP32."""
         if self.official:
             x = x.float()
-        kv, gate = self.wkv(x).float(), self.wgate(x).float()
-        return kv, gate + self.ape.float()[positions % self.ratio]
+        kv, gate = linears(x, self.wkv, self.wgate)
+        return kv.float(), self._biased(gate, positions)
 
-    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
-        """Entries of sequences from position 0, without a cache: [B, S, D] -> [B, S // m, d] in x's dtype."""
+    def _biased(self, gate: Tensor, positions: Tensor) -> Tensor:
+        return gate.float() + self.ape.float()[positions % self.ratio]
+
+    def forward(self, x: Tensor, freqs: Tensor, projected: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Entries of sequences from position 0, without a cache: [B, S, D] -> [B, S // m, d] in x's dtype.
+
+        projected: wkv x and wgate x [B, S, coff*d], where the caller has them.
+        """
         usable = x.shape[1] // self.ratio * self.ratio
         positions = torch.arange(usable, device=x.device)
-        kv, gate = self.project(x[:, :usable], positions)
+        if projected is None:
+            kv, gate = self.project(x[:, :usable], positions)
+        else:
+            kv, gate = projected[0][:, :usable].float(), self._biased(projected[1][:, :usable], positions)
         return self._pool(kv, gate, None, None, 0, freqs, x.dtype)
 
     def extend(self, x: Tensor, slot: int, start: int, tail: Tail, freqs: Tensor) -> Tensor:
@@ -73,38 +82,33 @@ class Compressor(nn.Module):
         tail.kv[slot, at], tail.gate[slot, at] = kv[kept], gate[kept]
         return entries
 
-    def step(self, x: Tensor, step: Step, tail: Tail, freqs: Tensor) -> tuple[list[int], Tensor]:
-        """Decode: one token a sequence, x [B, D]. Returns who completes an entry, and the entries [b, d]."""
-        positions = torch.tensor(step.starts, device=x.device)
-        slots = torch.tensor(step.slots, device=x.device)
+    def step(self, x: Tensor, step: Step, tail: Tail, freqs: Tensor) -> Tensor | None:
+        """Decode: one token a sequence, x [B, D]. Returns each sequence's entry as far as it is known, [B, d]; None
+        where no sequence completes one. Its shapes depend on B alone."""
+        slots, positions = step.decode.slots, step.decode.positions
         kv, gate = self.project(x, positions)
         at = positions % tail.ring
         tail.kv[slots, at], tail.gate[slots, at] = kv, gate
-        closing = [b for b, start in enumerate(step.starts) if (start + 1) % self.ratio == 0]
-        if not closing:
-            return closing, x.new_empty(0, self.dim)
-        entries = []
-        for b in closing:
-            window = step.starts[b] // self.ratio
-            at = torch.arange(window * self.ratio, (window + 1) * self.ratio, device=x.device) % tail.ring
-            prior_kv = prior_gate = None
-            slot = step.slots[b]
-            if self.overlap and window > 0:
-                before = torch.arange((window - 1) * self.ratio, window * self.ratio, device=x.device) % tail.ring
-                prior_kv = tail.kv[slot, before, : self.dim].unsqueeze(0)
-                prior_gate = tail.gate[slot, before, : self.dim].unsqueeze(0)
-            entries.append(
-                self._pool(
-                    tail.kv[slot, at][None], tail.gate[slot, at][None], prior_kv, prior_gate, window, freqs, x.dtype
-                )[0]
-            )
-        return closing, torch.cat(entries)
+        if not step.may_complete(self.ratio):
+            return None
+        window = positions // self.ratio
+        first = (window * self.ratio).unsqueeze(1)
+        inside = torch.arange(self.ratio, device=x.device)
+        rows, at = slots.unsqueeze(1), (first + inside) % tail.ring
+        prior_kv = prior_gate = None
+        if self.overlap:
+            before = (first - self.ratio + inside) % tail.ring
+            prior_kv = tail.kv[rows, before][..., : self.dim]
+            none = (window == 0).view(-1, 1, 1)
+            prior_gate = tail.gate[rows, before][..., : self.dim].masked_fill(none, float("-inf"))
+        return self._pool(tail.kv[rows, at], tail.gate[rows, at], prior_kv, prior_gate, first, freqs, x.dtype)[:, 0]
 
     def _pool(
         self, kv: Tensor, gate: Tensor, prior_kv: Tensor | None, prior_gate: Tensor | None,
-        first: int, freqs: Tensor, dtype: torch.dtype,
+        first: int | Tensor, freqs: Tensor, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """Whole windows [B, n*m, coff*d] to entries [B, n, d], windows numbered from `first`."""
+        """Whole windows [B, n*m, coff*d] to entries [B, n, d]; the first is the window numbered `first`, or `first`
+        [B, 1] are the positions at which each sequence's one window begins."""
         n = kv.shape[1] // self.ratio
         if n == 0:
             return kv.new_empty(kv.shape[0], 0, self.dim, dtype=dtype)
@@ -112,7 +116,7 @@ class Compressor(nn.Module):
         if self.overlap:
             kv, gate = overlap_windows(kv, gate, prior_kv, prior_gate)
         entries = self.norm(pool_windows(kv, gate)).to(dtype)
-        at = torch.arange(first, first + n, device=kv.device) * self.ratio
+        at = first if isinstance(first, Tensor) else torch.arange(first, first + n, device=kv.device) * self.ratio
         cos, sin = rope_angles(at, freqs)
         entries = apply_rope(entries, cos, sin)
         if self.official:

@@ -21,8 +21,8 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         self.iterations, self.eps, self.norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
-    def enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """streams [T, h, D] -> the sublayer's input [T, D], and post [T, h], comb [T, h, h] for `leave`."""
+    def enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """streams [T, h, D] -> the sublayer's input [T, D]; and for `leave`, streams, post [T, h], comb [T, h, h]."""
         if torch.is_grad_enabled() and hc_autograd.usable(streams):
             return hc_autograd.enter(
                 streams, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
@@ -30,7 +30,7 @@ class HyperConnection(nn.Module):
         pre, post, comb = hc.mix(
             streams, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
         )
-        return hc.collapse(streams, pre), post, comb
+        return hc.collapse(streams, pre), streams, post, comb
 
     @staticmethod
     def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -53,6 +53,8 @@ class HyperHead(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """[T, h, D] -> [T, D]."""
+        if torch.is_grad_enabled() and hc_autograd.usable(streams):
+            return hc_autograd.collapse(streams, self.fn, self.base, self.scale, self.eps, self.norm_eps)
         return hc.collapse(
             streams, hc.head_mix(streams, self.fn, self.base, self.scale, self.eps, self.norm_eps)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from upwell.ops import linear_autograd
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import dense_weight, linear
 from upwell.ops.norm import rms_norm
@@ -45,6 +46,14 @@ class Linear(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight decoded to [out, in] of `dtype`."""
         return dense_weight(self.weight, self.scale, dtype)
+
+
+def linears(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several products of one x; in FP32 training on the CPU one node, so that x's gradient is summed as it is made."""
+    weights = [layer.weight for layer in layers]
+    if not any(layer.quantize_input for layer in layers) and linear_autograd.usable(x, *weights):
+        return linear_autograd.linears(x, *weights)
+    return tuple(layer(x) for layer in layers)
 
 
 class RMSNorm(nn.Module):

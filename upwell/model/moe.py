@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from upwell.config import ModelConfig
 from upwell.model.layers import Linear
+from upwell.ops import moe_native
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import linear
-from upwell.ops.moe import expert_hidden, grouped_experts, route, router_scores, swiglu
+from upwell.ops.moe import expert_hidden, grouped_experts, int8_experts, route, router_scores, swiglu
 
 
 class Gate(nn.Module):
@@ -32,8 +33,9 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained; packed ones
-    stay as the checkpoint has them, one tensor an expert, mapped from its file."""
+    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 ones are
+    stacked with FP32 scales of their rows; packed ones stay as the checkpoint has them, one tensor an expert, mapped
+    from its file."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,6 +43,10 @@ class Experts(nn.Module):
         inter, hidden = config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(self.n, 2 * inter, hidden))
         self.w2 = nn.Parameter(torch.empty(self.n, hidden, inter))
+        self.w13_scale: Tensor | None
+        self.w2_scale: Tensor | None
+        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D]
+        self.register_buffer("w2_scale", None)
         self.packed: list[dict[str, tuple[Tensor, Tensor]]] | None = None  # expert -> w1|w2|w3 -> (weight, scale)
         self.quantize_input = False
 
@@ -52,6 +58,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [T, D], experts/weights [T, k] -> [T, D]: the weighted sum of each token's experts."""
+        if self.w13_scale is not None and self.w2_scale is not None:
+            return int8_experts(
+                x, experts, weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.limit
+            )
         if self.packed is None:
             return grouped_experts(x, experts, weights, self.w13, self.w2, self.limit)
         return self._packed(x, experts, weights, self.packed)
@@ -99,4 +109,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         experts, weights = self.gate(x, input_ids)
+        routed, shared = self.experts, self.shared_experts
+        dense = routed.w13, routed.w2, shared.w1.weight, shared.w3.weight, shared.w2.weight
+        if routed.packed is None and routed.limit == shared.limit and moe_native.usable(x, *dense):
+            return moe_native.experts_with_shared(x, experts, weights, *dense[:2], dense[2:], routed.limit)
         return self.experts(x, experts, weights) + self.shared_experts(x)

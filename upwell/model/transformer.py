@@ -34,10 +34,10 @@ class Block(nn.Module):
         self, streams: Tensor, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
     ) -> Tensor:
         """streams [B*S, h, D], input_ids [B, S] -> streams."""
-        x, post, comb = self.hc_attn.enter(streams)
+        x, streams, post, comb = self.hc_attn.enter(streams)
         x = self.attn_norm(x).view(*input_ids.shape, -1)
         streams = self.hc_attn.leave(streams, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
-        x, post, comb = self.hc_ffn.enter(streams)
+        x, streams, post, comb = self.hc_ffn.enter(streams)
         return self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
 
 
@@ -102,17 +102,31 @@ class Transformer(nn.Module):
         return self.logits(streams).view(*input_ids.shape, -1)
 
     def streams(self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None) -> Tensor:
-        """The final residual streams [B*S, h, D], before the hyper head: what logits and MTP both start from."""
+        """The final residual streams [B*S, h, D], before the hyper head: what logits and MTP both start from.
+
+        A ragged step's input [1, T] gives [T, h, D].
+        """
         streams = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
             own = streams.contiguous()
             if compiled.run_layers(plan, input_ids, own, cache, step):
                 return own
+        if step is not None and step.is_ragged(input_ids):
+            parts = input_ids[0].split(step.lengths)
+            padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+            at = torch.cat([b * padded.shape[1] + torch.arange(n) for b, n in enumerate(step.lengths)])
+            return self.streams(padded, cache, step)[at.to(input_ids.device)]
         plain, compressed = self._ropes(input_ids, step)
         for i, block in enumerate(self.layers):
             rope = compressed if self.config.compress_ratios[i] else plain
             streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step)
         return streams
+
+    @property
+    def computes_ragged(self) -> bool:
+        """Sequences of different lengths in one forward cost no more than their tokens (no gradient, no autograd)."""
+        with torch.no_grad():
+            return compiled.plan(self) is not None
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from upwell.ops import attention_autograd, gradients
+from upwell.ops import attention_autograd, gradients, npu
 
 _GATHER_BYTES = 32 << 20  # bound on gathered entries a query block makes
 
@@ -93,6 +93,8 @@ def _attend_selected(q: Tensor, keys: Tensor, hidden: Tensor, entries: Tensor, p
 
 def attend_step(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> Tensor:
     """Decode: one query a sequence over its own keys. q [B, H, d], keys [B, N, d], valid [B, N] -> [B, H, d]."""
+    if (kernels := npu.fused(q)) is not None and (out := kernels.attend_step(q, keys, valid, sink)) is not None:
+        return out
     scores = torch.matmul(q.float(), keys.float().transpose(1, 2)) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~valid.unsqueeze(1), float("-inf"))
     probs = softmax_with_sink(scores.unsqueeze(1), sink).squeeze(1)

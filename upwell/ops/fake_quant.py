@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from upwell.formats.fp4 import round_to_fp4
+from upwell.formats.fp8 import FP8_MAX, round_to_fp8
 from upwell.formats.ue8m0 import decode_ue8m0, encode_ue8m0
 
-FP8_MAX = 448.0
 FP4_MAX = 6.0
 
 
@@ -24,7 +24,7 @@ def fake_fp8(x: Tensor, group: int) -> Tensor:
     """Round x [..., n] to FP8 e4m3 in groups along the last dim, scale 2^ceil(log2(max(amax, 1e-4) / 448))."""
     wide = _grouped(x, group)
     scale = _power_of_two_scale(wide.abs().amax(-1, keepdim=True), FP8_MAX, 1e-4)
-    rounded = (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+    rounded = round_to_fp8(wide / scale) * scale
     return _straight_through(x, rounded)
 
 

@@ -28,7 +28,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens, h, dim = x.shape
         x, fn = x.contiguous(), fn.contiguous()
         turned = F.pad(fn, (0, 0, 0, -fn.shape[0] % _LINE)).t().contiguous()
@@ -40,15 +40,15 @@ class _Enter(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, fn, base, scale, dots, inverse_rms)
         ctx.iterations, ctx.eps = iterations, eps
-        return u, post, comb
+        return u, x, post, comb
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_u: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:
+    def backward(ctx: Any, grad_u: Tensor, grad_past: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:
         saved = ctx.saved_tensors
         x, fn, base = saved[:3]
         tokens, h, dim = x.shape
-        grads = [g.contiguous() for g in (grad_u, grad_post, grad_comb)]
+        grads = [g.contiguous() for g in (grad_u, grad_post, grad_comb, grad_past)]
         grad_x = torch.empty_like(x)
         grad_fn, grad_base, grad_scale = training_kernels.run(
             "enter_backward", tokens, h, *saved, *grads, grad_x, dim, ctx.iterations, ctx.eps,
@@ -80,9 +80,12 @@ class _Leave(torch.autograd.Function):
 
 def enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """streams [T, h, D] -> input [T, D], post [T, h], comb [T, h, h]."""
-    out: tuple[Tensor, Tensor, Tensor] = _Enter.apply(streams, fn, base, scale, iterations, eps, norm_eps)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """streams [T, h, D] -> input [T, D], the streams for `leave`, post [T, h], comb [T, h, h].
+
+    The streams go through, so that their gradient past the sublayer is added where the one through it is made.
+    """
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _Enter.apply(streams, fn, base, scale, iterations, eps, norm_eps)
     return out
 
 
@@ -90,3 +93,13 @@ def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor
     """streams [T, h, D], output [T, D] -> the next streams [T, h, D]."""
     out: Tensor = _Leave.apply(streams, output.float(), post, comb)
     return out
+
+
+def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """The final head's `head_mix` and `collapse`: streams [T, h, D], fn [h, hD], base [h], scale [1] -> [T, D].
+
+    It is `enter` with a way out that nobody takes.
+    """
+    spare = fn.shape[0] * (1 + streams.shape[1])
+    padded = F.pad(fn, (0, 0, 0, spare)), F.pad(base, (0, spare)), F.pad(scale, (0, 2))
+    return enter(streams, *padded, 1, eps, norm_eps)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upwell.ops import npu
 from upwell.ops.topk import stable_topk
 
 _SCORE_BYTES = 64 << 20  # bound on the [S, n, N] intermediate
@@ -37,3 +38,19 @@ def select_entries(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     masked = scores.masked_fill(entries >= visible.unsqueeze(-1), float("-inf"))
     picks = stable_topk(masked, k)
     return picks.masked_fill(picks >= visible.unsqueeze(-1), -1)
+
+
+def select_step(
+    queries: Tensor, weights: Tensor, pool: Tensor, tables: Tensor, rows: Tensor, visible: Tensor, k: int
+) -> Tensor:
+    """Decode: each sequence's k best visible entries, -1 none: [B, k].
+
+    queries [B, 1, n, c], weights [B, 1, n]; the keys lie in pool [blocks, per_block, c], at the blocks of tables
+    [B, T], which are the pool's rows [B, N] in order; visible [B].
+    """
+    if (kernels := npu.fused(queries)) is not None:
+        picks = kernels.index_step(queries, weights, pool, tables, visible, k)
+        if picks is not None:
+            return picks
+    keys = pool.view(-1, pool.shape[-1])[rows]
+    return select_entries(index_scores(queries, keys, weights), visible[:, None], k)[:, 0]

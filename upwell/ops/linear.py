@@ -8,6 +8,8 @@ from torch import Tensor
 
 from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8
+from upwell.formats.int8 import dequantize_int8
+from upwell.ops import linear_autograd, npu
 
 FP8 = torch.float8_e4m3fn
 PACKED_FP4 = torch.uint8
@@ -16,10 +18,14 @@ PACKED_FP4 = torch.uint8
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., in] @ weight^T -> [..., out] in x's dtype.
 
-    weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; or FP4 packed two a byte,
-    uint8 [out, in/2], with scale [out, in/32]. Scales are UE8M0 bytes.
+    weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; FP4 packed two a byte,
+    uint8 [out, in/2], with scale [out, in/32], both scales UE8M0 bytes; or INT8 [out, in] with scale FP32 [out].
     """
-    return F.linear(x, dense_weight(weight, scale, x.dtype))
+    if weight.dtype == torch.int8:
+        assert scale is not None
+        return int8_linear(x, weight, scale)
+    dense = dense_weight(weight, scale, x.dtype)
+    return linear_autograd.linear(x, dense) if linear_autograd.usable(x, dense) else F.linear(x, dense)
 
 
 def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -30,4 +36,25 @@ def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
     if weight.dtype == PACKED_FP4:
         assert scale is not None
         return dequantize_fp4(weight, scale, dtype)
+    if weight.dtype == torch.int8:
+        assert scale is not None
+        return dequantize_int8(weight, scale, dtype)
     return weight.to(dtype)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """W8A8: x [..., in] rounded to INT8 by its own scale a token (amax / 127), weight INT8 [out, in], scale FP32 [out].
+
+    The integers' product is taken in FP32, which holds it to one part in 2^24; then both scales.
+    """
+    if (kernels := npu.fused(x)) is not None and (out := kernels.quantized_linear(x, weight, scale)) is not None:
+        return out
+    quantized, per_token = round_to_int8(x)
+    return (F.linear(quantized, weight.float()) * per_token * scale).to(x.dtype)
+
+
+def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] in steps of amax / 127 of its own row: the integers, as FP32, and the step [..., 1]."""
+    wide = x.float()
+    step = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+    return torch.round(wide / step), step

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upwell.ops import gradients, moe_autograd
-from upwell.ops.linear import linear
+from upwell.ops import gradients, moe_autograd, npu
+from upwell.ops.linear import int8_linear, linear, round_to_int8
 from upwell.ops.topk import stable_topk
+
+_FEW_TOKENS = 64  # a decode step's
+_PAIR_BYTES = 256 << 20  # bound on the weights that gathered_experts copies at once
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
     """sqrt(softplus(W x)): [T, D], [E, D] -> [T, E], FP32."""
-    return F.softplus(F.linear(x.float(), weight.float())).sqrt()
+    return F.softplus(linear(x.float(), weight.float())).sqrt()
 
 
 def route(scores: Tensor, k: int, scaling: float, bias: Tensor | None, experts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -47,16 +52,90 @@ def grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2
     """
     if gradients.recording(x, w13):
         return moe_autograd.grouped_experts(x, experts, weights, w13, w2, limit)
+    if (kernels := npu.fused(x)) is not None:
+        out = kernels.grouped_experts(x, experts, weights, w13, w2, limit)
+        if out is not None:
+            return out
+    if x.device.type != "cpu" and x.shape[0] <= _FEW_TOKENS:
+        return gathered_experts(x, experts, weights, w13, w2, limit)
+    up_weights, down_weights = w13.unbind(0), w2.unbind(0)  # one gradient tensor, not one a slice
+
+    def up(rows: Tensor, e: int) -> Tensor:
+        return F.linear(rows, up_weights[e])
+
+    def down(rows: Tensor, e: int) -> Tensor:
+        return F.linear(rows, down_weights[e])
+
+    return _by_expert(x, experts, weights, w13.shape[0], up, down, limit)
+
+
+def int8_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, limit: float
+) -> Tensor:
+    """grouped_experts in W8A8: w13, w2 INT8 with FP32 scales s13 [E, 2I] and s2 [E, D] of their rows; what goes into
+    each product is rounded by token (ops.linear.int8_linear)."""
+    if (kernels := npu.fused(x)) is not None:
+        out = kernels.int8_experts(x, experts, weights, w13, s13, w2, s2, limit)
+        if out is not None:
+            return out
+    if x.device.type != "cpu" and x.shape[0] <= _FEW_TOKENS:
+        return gathered_experts(x, experts, weights, w13, w2, limit, s13, s2)
+
+    def up(rows: Tensor, e: int) -> Tensor:
+        return int8_linear(rows, w13[e], s13[e])
+
+    def down(rows: Tensor, e: int) -> Tensor:
+        return int8_linear(rows, w2[e], s2[e])
+
+    return _by_expert(x, experts, weights, w13.shape[0], up, down, limit)
+
+
+Product = Callable[[Tensor, int], Tensor]
+"""Rows [R, in] of one expert, and its number -> [R, out]."""
+
+
+def _by_expert(
+    x: Tensor, experts: Tensor, weights: Tensor, count: int, up: Product, down: Product, limit: float
+) -> Tensor:
+    """Tokens sorted by expert, so that each of `count` experts has one product up and one down over its rows."""
     tokens, k = experts.shape
     order = experts.flatten().argsort(stable=True)
-    counts = torch.bincount(experts.flatten(), minlength=w13.shape[0]).tolist()
+    counts = torch.bincount(experts.flatten(), minlength=count).tolist()
     rows = x[order // k]
-    up_weights, down_weights = w13.unbind(0), w2.unbind(0)  # one gradient tensor, not one a slice
     row_weights = weights.flatten()[order].unsqueeze(-1)
-    hidden = torch.cat([F.linear(part, up_weights[e]) for e, part in enumerate(rows.split(counts)) if part.shape[0]])
-    gate, up = hidden.chunk(2, dim=-1)
-    hidden = (swiglu(gate.float(), up.float(), limit) * row_weights).to(x.dtype)
-    outs = torch.cat([F.linear(part, down_weights[e]) for e, part in enumerate(hidden.split(counts)) if part.shape[0]])
+    hidden = torch.cat([up(part, e) for e, part in enumerate(rows.split(counts)) if part.shape[0]])
+    gate, up_part = hidden.chunk(2, dim=-1)
+    hidden = (swiglu(gate.float(), up_part.float(), limit) * row_weights).to(x.dtype)
+    outs = torch.cat([down(part, e) for e, part in enumerate(hidden.split(counts)) if part.shape[0]])
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
+
+
+def gathered_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float,
+    s13: Tensor | None = None, s2: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """grouped_experts (or int8_experts, with scales) for few tokens: each (token, expert) pair reads its expert's
+    weights, so no shape depends on the routing and the host learns nothing of it, which a captured step needs."""
+    tokens, k = experts.shape
+    rows = x.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, -1)
+    row_weights = weights.reshape(tokens * k, 1, 1)
+    pairs = max(1, _PAIR_BYTES // ((w13[0].numel() + w2[0].numel()) * x.element_size()))
+    outs = []
+    for picks, part, part_weights in zip(
+        experts.flatten().split(pairs), rows.split(pairs), row_weights.split(pairs), strict=True
+    ):
+        gate, up = _of_pairs(part, w13, s13, picks).chunk(2, dim=-1)
+        hidden = (swiglu(gate.float(), up.float(), limit) * part_weights).to(x.dtype)
+        outs.append(_of_pairs(hidden, w2, s2, picks))
+    return torch.cat(outs).view(tokens, k, -1).float().sum(1).to(x.dtype)
+
+
+def _of_pairs(rows: Tensor, weights: Tensor, scales: Tensor | None, picks: Tensor) -> Tensor:
+    """Each row by its own expert's weight: rows [P, 1, in], weights [E, out, in], picks [P] -> [P, 1, out]."""
+    if scales is None:
+        return torch.bmm(rows, weights[picks].transpose(1, 2))
+    quantized, per_token = round_to_int8(rows)
+    product = torch.bmm(quantized, weights[picks].float().transpose(1, 2))
+    return (product * per_token * scales[picks].unsqueeze(1)).to(rows.dtype)

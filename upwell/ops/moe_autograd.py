@@ -1,8 +1,8 @@
 """The routed experts, and SwiGLU, each with its gradient as one node.
 
 Tokens are sorted once; each expert's products go straight into its rows of one buffer, forwards and backwards; kept
-are the sorted rows and what w1 and w3 made of them. Products are in the autocast dtype where one is set. SwiGLU in
-FP32 on the CPU is one pass of the C++ kernels.
+are the sorted rows and what w1 and w3 made of them. Products are in the autocast dtype where one is set. In FP32 on
+the CPU moe_native's C++ kernels serve the experts, and SwiGLU alone is one pass of theirs.
 """
 
 from __future__ import annotations
@@ -33,33 +33,20 @@ def _swiglu_backward(gate: Tensor, up: Tensor, limit: float, grad: Tensor) -> tu
 
 def _weighted_hidden(inner: Tensor, row_weights: Tensor, limit: float) -> Tensor:
     """Gate and up side by side, [R, 2I], to hidden values times each row's weight, [R, I], in inner's dtype."""
-    gate, up = inner.chunk(2, dim=-1)
-    if not training_kernels.usable(inner, row_weights):
-        return _swiglu_forward(gate.float(), up.float(), limit).mul_(row_weights).to(inner.dtype)
-    hidden = inner.new_empty(gate.shape)
-    rows, width = gate.shape
-    training_kernels.run("swiglu_forward", rows, gate, up, 2 * width, row_weights, float(limit), hidden, width)
-    return hidden
+    gate, up = inner.float().chunk(2, dim=-1)
+    return _swiglu_forward(gate, up, limit).mul_(row_weights).to(inner.dtype)
 
 
 def _weighted_hidden_backward(
     inner: Tensor, row_weights: Tensor, limit: float, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden values again, and the gradients of inner and of the rows' weights [R] (FP32)."""
-    gate, up = inner.chunk(2, dim=-1)
-    if not training_kernels.usable(inner, row_weights, grad):
-        wide = grad.float()
-        grad_gate, grad_up, value = _swiglu_backward(gate.float(), up.float(), limit, wide)
-        grad_weights = (wide * value).sum(-1)
-        grad_inner = torch.cat((grad_gate, grad_up), dim=-1).mul_(row_weights).to(inner.dtype)
-        return value.mul_(row_weights).to(inner.dtype), grad_inner, grad_weights
-    rows, width = gate.shape
-    hidden, grad_inner, grad_weights = inner.new_empty(gate.shape), torch.empty_like(inner), inner.new_empty(rows)
-    training_kernels.run(
-        "swiglu_backward", rows, gate, up, 2 * width, row_weights, float(limit), grad, *grad_inner.chunk(2, dim=-1),
-        2 * width, hidden, grad_weights, width,
-    )  # fmt: skip
-    return hidden, grad_inner, grad_weights
+    wide = grad.float()
+    gate, up = inner.float().chunk(2, dim=-1)
+    grad_gate, grad_up, value = _swiglu_backward(gate, up, limit, wide)
+    grad_weights = (wide * value).sum(-1)
+    grad_inner = torch.cat((grad_gate, grad_up), dim=-1).mul_(row_weights).to(inner.dtype)
+    return value.mul_(row_weights).to(inner.dtype), grad_inner, grad_weights
 
 
 class _SwiGLU(torch.autograd.Function):

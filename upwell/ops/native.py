@@ -1,7 +1,7 @@
 """The C++ kernels (csrc/): loading, choice of instruction set, threads, and the structs they are called with.
 
 A plain C library by ctypes, which releases the GIL during calls. Without it everything runs in plain PyTorch.
-UPWELL_KERNELS=off disables it; UPWELL_KERNELS=baseline|avx2|avx512 forces an instruction set.
+UPWELL_KERNELS=off disables it; UPWELL_KERNELS=baseline|avx2|avx512|avx512vnni|dotprod forces an instruction set.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from upwell.errors import UpwellError
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "dotprod")
 
 
 class Matrix(ctypes.Structure):
@@ -92,6 +89,10 @@ class HeadCall(ctypes.Structure):
 PANEL = 32  # rows of a packed FP32 weight that lie interleaved (csrc/layout.h)
 
 
+class ProductCall(ctypes.Structure):
+    _fields_ = [("m", Matrix), ("x", c_void_p), ("tokens", c_int64), ("out", c_void_p), ("workspace", c_void_p)]
+
+
 @cache
 def _loaded() -> ctypes.CDLL | None:
     wish = os.environ.get("UPWELL_KERNELS", "")
@@ -115,6 +116,10 @@ def _loaded() -> ctypes.CDLL | None:
         function.argtypes, function.restype = [c_void_p], None
     lib.upwell_pack.argtypes, lib.upwell_pack.restype = [c_void_p, c_int64, c_int64, c_void_p], None
     lib.upwell_set_threads.argtypes = [c_int]
+    lib.upwell_product.argtypes, lib.upwell_product.restype = [c_void_p], None
+    lib.upwell_product_workspace_bytes.argtypes = [c_int64, c_int]
+    lib.upwell_product_workspace_bytes.restype = c_int64
+    lib.upwell_read.argtypes, lib.upwell_read.restype = [c_void_p, c_int64], c_uint64
     _share_openmp(lib)
     if wish and lib.upwell_set_isa(wish.encode()) != 0:
         raise UpwellError(
@@ -143,6 +148,43 @@ def library() -> ctypes.CDLL | None:
     return _loaded()
 
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear) -> [T, out] FP32."""
+    lib = library()
+    assert lib is not None and weight.is_contiguous() and x.dtype == torch.float32
+    rows, cols = weight.shape[0], x.shape[1]
+    x, out, threads = x.contiguous(), torch.empty(x.shape[0], rows), torch.get_num_threads()
+    scale = None if scale is None else scale.contiguous()
+    workspace = torch.empty(lib.upwell_product_workspace_bytes(cols, threads) // 4)
+    at = None if scale is None else scale.data_ptr()
+    matrix = Matrix(weight.data_ptr(), at, rows, cols, FORMATS[weight.dtype])
+    lib.upwell_set_threads(threads)
+    call = ProductCall(matrix, x.data_ptr(), x.shape[0], out.data_ptr(), workspace.data_ptr())
+    lib.upwell_product(ctypes.addressof(call))
+    return out
+
+
+class Span(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("words", c_int64)]
+
+
+def read_memory(tensors: list[torch.Tensor]) -> int:
+    """Read every byte of contiguous CPU tensors once, with the kernels' threads; returns the bytes. For benchmarks.
+
+    Raises UpwellError where the kernels aren't built.
+    """
+    lib = library()
+    if lib is None:
+        raise UpwellError("no CPU kernels here to read memory with", "install where a C++ compiler is")
+    spans = (Span * len(tensors))(*[Span(t.data_ptr(), t.nbytes // 8) for t in tensors])
+    lib.upwell_set_threads(torch.get_num_threads())
+    lib.upwell_read(spans, len(tensors))
+    return sum(8 * span.words for span in spans)
+
+
 def set_isa(name: str) -> bool:
     """Force an instruction set (tests); False where this machine lacks it."""
     lib = library()
@@ -157,21 +199,3 @@ def describe() -> str:
     if os.environ.get("UPWELL_KERNELS") == "off":
         return "CPU kernels: off (UPWELL_KERNELS=off), plain PyTorch"
     return "CPU kernels: not built (no C++ compiler at install), plain PyTorch"
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="upwell-kernels")
-
-
-def parallel_ranges(n: int, run: Callable[[int, int], None]) -> None:
-    """run(begin, end) over [0, n) cut into one range a torch thread; for kernels that take ranges."""
-    parts = min(torch.get_num_threads(), max(1, n // 128))
-    if parts == 1:
-        run(0, n)
-        return
-    bounds = [n * i // parts for i in range(parts + 1)]
-    futures = [_threads().submit(run, a, b) for a, b in pairwise(bounds[1:])]
-    run(0, bounds[1])
-    for future in futures:
-        future.result()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from upwell.config import Yarn
-from upwell.ops import gradients, rope_autograd
+from upwell.ops import gradients, npu, rope_autograd
 
 
 def inverse_frequencies(rope_dim: int, theta: float, yarn: Yarn | None) -> Tensor:
@@ -44,6 +44,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Te
     """
     if gradients.recording(x):
         return rope_autograd.apply_rope(x, cos, sin, inverse)
+    if (kernels := npu.fused(x)) is not None and (out := kernels.apply_rope(x, cos, sin, inverse)) is not None:
+        return out
     rope_dim = 2 * cos.shape[-1]
     nope, rope = x[..., :-rope_dim], x[..., -rope_dim:]
     pairs = rope.float().unflatten(-1, (-1, 2))

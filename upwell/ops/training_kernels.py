@@ -1,4 +1,4 @@
-"""Calls of training's C++ kernels (csrc/training.cpp): FP32, CPU, a range of rows a thread."""
+"""Calls of training's C++ kernels (csrc/training.cpp): FP32, CPU, each by one team of torch's threads."""
 
 from __future__ import annotations
 
@@ -15,28 +15,38 @@ Argument = Tensor | ctypes.Structure | int | float | None
 def usable(*tensors: Tensor | None) -> bool:
     """The kernels are built, and take such tensors."""
     lib = native.library()
-    if lib is None or not hasattr(lib, "upwell_train_enter_forward"):  # a build of older sources
+    if lib is None or not hasattr(lib, "upwell_train_linear_forward"):  # a build of older sources
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
 
-def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) -> list[Tensor]:
-    """upwell_train_<name> over [0, rows), cut in ranges: the arguments, then sums, then the range's begin and end.
+def parts(rows: int) -> int:
+    """How many parts a range of rows is cut into: one a thread, none of them tiny."""
+    return min(torch.get_num_threads(), max(1, rows // 128))
 
-    `sums`: lengths of FP32 vectors to which the kernel adds; each range has its own, and their totals are returned.
+
+def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) -> list[Tensor]:
+    """upwell_train_<name> over `rows` cut in parts, by one team: the arguments, then sums, rows and parts.
+
+    `sums`: lengths of FP32 vectors to which the kernel adds; each part has its own, and their totals are returned.
     Tensors are passed by address: they must be contiguous (or have strides among the arguments) and stay alive.
     """
-    function = getattr(native.library(), f"upwell_train_{name}")
-    fixed = [_convert(a) for a in arguments]
-    partial: dict[int, list[Tensor]] = {}
+    count = parts(rows)
+    partial = [torch.zeros(count, n) for n in sums]
+    _call(name, *(_convert(a) for a in (*arguments, *partial, rows, count)))
+    return [part[0] if count == 1 else part.sum(0) for part in partial]
 
-    def part(begin: int, end: int) -> None:
-        own = partial[begin] = [torch.zeros(n) for n in sums]
-        function(*fixed, *(_convert(t) for t in own), ctypes.c_int64(begin), ctypes.c_int64(end))
 
-    native.parallel_ranges(rows, part)
-    in_order = [partial[begin] for begin in sorted(partial)]  # the same totals in every run
-    return [parts[0] if len(parts) == 1 else torch.stack(parts).sum(0) for parts in zip(*in_order, strict=True)]
+def run_whole(name: str, call: ctypes.Structure) -> None:
+    """upwell_train_<name> of a whole call, by one team. Tensors behind the call's addresses must stay alive."""
+    _call(name, ctypes.byref(call))
+
+
+def _call(name: str, *arguments: object) -> None:
+    library = native.library()
+    assert library is not None
+    library.upwell_set_threads(torch.get_num_threads())
+    getattr(library, f"upwell_train_{name}")(*arguments)
 
 
 def _convert(argument: Argument) -> object:

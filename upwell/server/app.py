@@ -1,51 +1,65 @@
-"""The app: one served model, three endpoints."""
+"""The app: one responder behind the APIs of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
 
 import upwell
-from upwell.server import errors
-from upwell.server.chat_completions import Completion
+from upwell.server import anthropic, errors, openai_chat, openai_completions, operations, responses, tokenize, web
+from upwell.server.audit import AuditLog
+from upwell.server.gate import Gate
+from upwell.server.keys import KeyRing
+from upwell.server.logs import log_request
+from upwell.server.metrics import Metrics
+from upwell.server.record import RecordSink
 from upwell.server.responders import Responder
-from upwell.server.schemas import ChatRequest
+from upwell.server.service import Service
+from upwell.server.settings import ServerSettings
+from upwell.server.tracing import Tracing, otlp_provider
 
 
-def create_app(responder: Responder, model_name: str) -> FastAPI:
-    """An app that serves `responder` as `model_name`; closes it at shutdown."""
+def create_app(
+    responder: Responder,
+    names: str | Sequence[str],
+    settings: ServerSettings | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """An app that serves `responder` under `names`, the first its own, others also accepted; closes it at shutdown.
+
+    Raises InputError for keys that can't be read and logs that can't be written.
+    """
+    settings = settings or ServerSettings()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    audit = None if settings.audit_log is None else AuditLog(settings.audit_log, settings.audit_prompts)
+    if tracing is None and settings.otlp_endpoint is not None:
+        tracing = Tracing(otlp_provider(settings.otlp_endpoint))
+    metrics = Metrics(names[0], responder.stats)
+    sinks: list[RecordSink] = [log_request, *(sink for sink in (audit, tracing) if sink is not None)]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        responder.close()
+        responder.close(settings.drain_timeout)
+        for sink in (audit, tracing):
+            if sink is not None:
+                sink.close()
 
-    app = FastAPI(title="Upwell", version=upwell.__version__, lifespan=lifespan)
+    app = FastAPI(title="Upwell", version=upwell.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
-    started = int(time.time())
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        healthy = responder.is_healthy
-        return JSONResponse({"status": "ok" if healthy else "engine stopped"}, 200 if healthy else 503)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        model = {"id": model_name, "object": "model", "created": started, "owned_by": "upwell"}
-        return {"object": "list", "data": [model]}
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(request: ChatRequest) -> JSONResponse | StreamingResponse:
-        if request.model != model_name:
-            raise errors.ModelNotFoundError(f"no model {request.model!r} here", f"this server has {model_name!r}")
-        completion = Completion(request, responder.respond(request), responder)
-        if not request.stream:
-            return JSONResponse(await completion.whole())
-        return StreamingResponse(completion.chunks(), media_type="text/event-stream")
-
+    web.install(app)
+    service = Service(responder, names, keep_prompts=settings.audit_prompts and audit is not None)
+    for api in (openai_chat, openai_completions, responses, anthropic, tokenize):
+        app.include_router(api.router(service))
+    app.include_router(operations.router(service, metrics, app))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    gate = Gate(settings, KeyRing.of(settings.api_keys, settings.api_keys_file), metrics, sinks)
+    app.add_middleware(gate.around)
+    app.state.gate = gate
     return app

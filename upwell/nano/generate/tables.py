@@ -373,9 +373,10 @@ def _series(specs: list[ColumnSpec], rng: Random) -> _Series | None:
         return None
     time = times[0]
     specs[:] = [s for s in specs if s.kind != "key" and (s is time or s not in times)]
-    names, say = (("date", "Date", "day", "obs_date"), ("date", "day"))
+    names: tuple[str, ...] = ("date", "Date", "day", "obs_date")
+    say: tuple[str, ...] = ("date", "day")
     if time.kind == "year":
-        names, say = (("year", "Year", "yr"), ("year",))
+        names, say = ("year", "Year", "yr"), ("year",)
     plain = replace(time, verb=(), hi=(), lo=(), more=(), less=(), ask=(), say=say, names=names)
     specs[specs.index(time)] = plain
     return _Series(plain, "year" if time.kind == "year" else rng.choice(("day", "day", "day", "month")))

@@ -1,0 +1,278 @@
+"""The server under load, on loopback: 200 streams with rude clients among them, and what HTTP costs beside the engine.
+
+    python benchmarks/server_load.py                    # both bars on upwell-nano, about 4 minutes
+    python benchmarks/server_load.py --seconds 5 --streams 20 --skip-cost
+
+Two bars. Load: no 5xx, resident memory flat within 5% after the first 30 s, all blocks free at the end, and every
+finished stream equal to its lone run, while a tenth of the clients leave in the middle, a tenth read slowly and a tenth
+send garbage. Cost: 64 streams over HTTP reach at least 90% of the tokens a second that the engine alone makes of the
+same requests. The client runs on the same machine, and what it takes counts against the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HOST = "127.0.0.1"
+CASES = 16  # different requests
+COST_STREAMS = 64
+GARBAGE = (
+    b"\x00\xff\x13 no HTTP at all\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 6\r\n\r\n{\"pro\"",
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n",
+    b"GET /v1/completions HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-le",
+)
+
+
+@dataclass
+class Report:
+    """What a load run saw."""
+
+    statuses: Counter[str] = field(default_factory=Counter)  # of all answers
+    endings: Counter[str] = field(default_factory=Counter)  # finished, left, slow, garbage
+    different: int = 0  # finished streams that aren't their lone run
+    tokens: int = 0
+    memory: list[tuple[float, int]] = field(default_factory=list)  # seconds, resident bytes
+
+    def growth(self, settled: float) -> float:
+        """Largest later memory relative to that at `settled` seconds, minus 1."""
+        later = [size for at, size in self.memory if at >= settled]
+        return max(later) / later[0] - 1 if later else 0.0
+
+
+def case(number: int, tokens: int) -> dict[str, Any]:
+    """One of the requests, always the same for its number."""
+    rng = random.Random(number)
+    prompt = [rng.randrange(2, 250) for _ in range(rng.randrange(4, 60))]
+    return {"prompt": prompt, "max_tokens": tokens + number, "seed": number, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+
+
+async def send(port: int, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
+    """POST a completion; returns the connection after the answer's head, and its status."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}connection: close\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+    answered = await reader.readuntil(b"\r\n\r\n")
+    return reader, writer, int(answered.split(b" ", 2)[1])
+
+
+def read_events(raw: bytes) -> tuple[str, int]:
+    """Text and tokens of a whole streamed answer (chunked)."""
+    text, tokens = [], 0
+    for line in re.findall(rb"^data: (\{.*\})\r?$", raw, re.MULTILINE):
+        event = json.loads(line)
+        if "error" in event:
+            return f"error: {event['error']['message']}", 0
+        text += [choice["text"] for choice in event["choices"]]
+        if event.get("usage"):
+            tokens = event["usage"]["completion_tokens"]
+    return "".join(text), tokens
+
+
+async def whole(port: int, body: dict[str, Any]) -> tuple[str, int, int]:
+    reader, writer, status = await send(port, body)
+    raw = await reader.read()
+    writer.close()
+    return *read_events(raw), status
+
+
+async def client(port: int, lone: list[str], tokens: int, until: float, seed: int, report: Report) -> None:
+    """One of the streams: asks again and again, in one of the manners."""
+    rng = random.Random(seed)
+    while time.monotonic() < until:
+        manner = rng.choices(("finished", "left", "slow", "garbage"), (7, 1, 1, 1))[0]
+        number = rng.randrange(len(lone))
+        try:
+            if manner == "garbage":
+                await rude(port, rng.choice(GARBAGE), report)
+            else:
+                reader, writer, status = await send(port, case(number, tokens))
+                report.statuses[str(status)] += 1
+                if manner == "left":
+                    await asyncio.wait_for(reader.read(200), 60)
+                    writer.transport.abort()
+                else:
+                    parts = []
+                    while part := await reader.read(1 << 16 if manner == "finished" else 512):
+                        parts.append(part)
+                        if manner == "slow":
+                            await asyncio.sleep(0.02)
+                    writer.close()
+                    text, made = read_events(b"".join(parts))
+                    report.tokens += made
+                    report.different += status == 200 and text != lone[number]
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            report.statuses[type(error).__name__] += 1
+        report.endings[manner] += 1
+
+
+async def rude(port: int, data: bytes, report: Report) -> None:
+    reader, writer = await asyncio.open_connection(HOST, port)
+    writer.write(data)
+    with suppress(TimeoutError, ConnectionError):
+        answer = await asyncio.wait_for(reader.read(1000), 0.5)
+        if answer.startswith(b"HTTP/1.1 "):
+            report.statuses[answer[9:12].decode()] += 1
+    writer.transport.abort()
+
+
+async def load(port: int, streams: int, seconds: float, tokens: int, process: psutil.Process | None = None) -> Report:
+    """The lone runs first; then `streams` clients for `seconds`."""
+    report = Report()
+    lone = []
+    for number in range(CASES):
+        text, _, status = await whole(port, case(number, tokens))
+        report.statuses[str(status)] += 1
+        lone.append(text)
+    began = time.monotonic()
+
+    async def watch() -> None:
+        while process is not None:
+            report.memory.append((time.monotonic() - began, process.memory_info().rss))
+            await asyncio.sleep(1)
+
+    watcher = asyncio.create_task(watch())
+    await asyncio.gather(*(client(port, lone, tokens, began + seconds, k, report) for k in range(streams)))
+    watcher.cancel()
+    return report
+
+
+async def metric(port: int, name: str) -> float:
+    reader, writer = await asyncio.open_connection(HOST, port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    found = re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+    assert found, f"no metric {name}"
+    return float(found[1])
+
+
+async def wait_until_free(port: int, seconds: float = 30.0) -> bool:
+    """Whether the cache is empty within `seconds`."""
+    until = time.monotonic() + seconds
+    while await metric(port, "vllm:kv_cache_usage_perc") > 0 or await metric(port, "vllm:num_requests_running") > 0:
+        if time.monotonic() > until:
+            return False
+        await asyncio.sleep(0.1)
+    return True
+
+
+async def http_throughput(port: int, tokens: int) -> float:
+    """Tokens a second of COST_STREAMS streams, begun together; the best of three."""
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        bodies = [case(k, tokens) | {"max_tokens": tokens} for k in range(COST_STREAMS)]
+        made = sum(count for _, count, _ in await asyncio.gather(*(whole(port, body) for body in bodies)))
+        best = max(best, made / (time.perf_counter() - began))
+    return best
+
+
+def engine_throughput(model: Path | None, tokens: int) -> float:
+    """The same requests by the engine alone, in this process; the best of three."""
+    from upwell import LLM, SamplingParams
+
+    llm = LLM(model, device="cpu", max_num_seqs=COST_STREAMS)
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        requests = []
+        counted = Counter[str]()
+
+        def sink(delta: Any, counted: Counter[str] = counted) -> None:
+            counted["tokens"] += len(delta.token_ids)
+
+        for k in range(COST_STREAMS):
+            params = SamplingParams(max_tokens=tokens, seed=k, ignore_eos=True)
+            requests.append(llm.engine.request(case(k, tokens)["prompt"], params, sink))
+        for request in requests:
+            llm.engine.add(request)
+        while llm.engine.has_work:
+            llm.engine.step()
+        best = max(best, counted["tokens"] / (time.perf_counter() - began))
+    return best
+
+
+def start(model: Path | None, streams: int) -> tuple[subprocess.Popen[str], int]:
+    """`upwell serve` and its port."""
+    command = [sys.executable, "-m", "upwell.cli", "serve", "--port", "0", "--max-num-seqs", str(COST_STREAMS),
+               "--max-queue", str(4 * streams)]  # fmt: skip
+    command += ["--model", str(model)] if model else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    found = re.search(r":(\d+) ", process.stdout.readline())
+    assert found, "the server didn't start"
+    return process, int(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint with a tokenizer (default: upwell-nano)")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--skip-load", action="store_true")
+    parser.add_argument("--skip-cost", action="store_true")
+    parser.add_argument("--engine-only", action="store_true", help="print the engine's tokens a second alone")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    arguments = parser.parse_args()
+    if arguments.engine_only:
+        print(engine_throughput(arguments.model, arguments.tokens))
+        return
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "cpu": platform.processor(),
+                              "passed": True}  # fmt: skip
+
+    def bar(name: str, value: Any, ok: bool) -> None:
+        result[name] = value
+        result["passed"] &= ok
+        print(f"{'ok  ' if ok else 'FAIL'} {name}: {value}", flush=True)
+
+    if not arguments.skip_cost:
+        # One after the other: each has the machine for itself.
+        again = [sys.executable, __file__, "--engine-only", "--tokens", str(arguments.tokens)]
+        again += ["--model", str(arguments.model)] if arguments.model else []
+        alone = float(subprocess.run(again, capture_output=True, text=True, check=True).stdout.split()[-1])
+    process, port = start(arguments.model, arguments.streams)
+    try:
+        if not arguments.skip_cost:
+            served = asyncio.run(http_throughput(port, arguments.tokens))
+            print(f"     engine alone {alone:.0f} tokens/s, over HTTP {served:.0f} tokens/s")
+            bar("http_cost_percent", round(100 * (1 - served / alone), 1), served >= 0.9 * alone)
+        if not arguments.skip_load:
+            watched = psutil.Process(process.pid)
+            report = asyncio.run(load(port, arguments.streams, arguments.seconds, arguments.tokens, watched))
+            bar("statuses", dict(report.statuses), not any(status.startswith("5") for status in report.statuses))
+            bar("endings", dict(report.endings), report.endings["finished"] > 0)
+            bar("streams_unlike_their_lone_run", report.different, report.different == 0)
+            settled = min(30.0, arguments.seconds / 2)
+            growth = report.growth(settled)
+            bar(f"memory_growth_percent_after_{settled:g}_s", round(100 * growth, 2), growth <= 0.05)
+            bar("all_blocks_free_at_the_end", (free := asyncio.run(wait_until_free(port))), free)
+    finally:
+        process.terminate()
+        process.wait(60)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sys.exit(0 if result["passed"] else 1)
+
+
+if __name__ == "__main__":
+    main()

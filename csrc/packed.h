@@ -1,0 +1,297 @@
+// Few input rows times weights that stay packed: BF16, FP8 and FP4 are decoded in registers, a whole vector of packed
+// bytes at once. A lane's 32-bit word holds 2, 4 or 8 neighbouring weights; one shift and mask a part gives that part of
+// all lanes. So inputs are laid out once a phase by part (Inputs), and no weight is ever moved across lanes.
+//
+// FP8 and FP4 fields land in FP32's exponent as they are, that is times 2^-120 and 2^-126. Inputs are scaled by a power
+// of two, so that no product is subnormal; the result is scaled back. All exact. What doesn't fit (inputs that aren't
+// finite, scales outside 2^+-63, FP8's NaN) takes weight_row.
+
+constexpr int kPackedRows = 8;  // the most input rows these kernels take
+constexpr int kPadding = 8 * kLanes;  // cols are padded to whole chunks
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+template <int64_t F>
+constexpr int kParts = F == kFP4 ? 8 : F == kFP8 ? 4 : 2;  // weights in a 32-bit word
+template <int64_t F>
+constexpr int kLift = F == kFP4 ? 63 : F == kFP8 ? 60 : 0;  // scales carry 2^kLift, inputs 2^60: both stay normal
+
+typedef int16_t VecH __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Words __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+INLINE VecI load_words(const void* p) { return *static_cast<const Words*>(p); }
+
+// Each part of all lanes, as FP32 times 2^-120 (FP8) or 2^-126 (FP4).
+template <int64_t F>
+INLINE void decode(VecI word, Vec* parts) {
+  if constexpr (F == kBF16) {
+    parts[0] = reinterpret_cast<Vec>(word << 16);
+    parts[1] = reinterpret_cast<Vec>(word & int32_t(0xffff0000));
+  } else if constexpr (F == kFP8) {  // two bytes at once in 16 bits: sign, spread over the exponent's top, then cut
+    const VecH half = reinterpret_cast<VecH>(word), keep = int16_t(0x87f0) - VecH{};
+    const VecI even = reinterpret_cast<VecI>(((half << 8) >> 4) & keep), odd = reinterpret_cast<VecI>((half >> 4) & keep);
+    parts[0] = reinterpret_cast<Vec>(even << 16);
+    parts[1] = reinterpret_cast<Vec>(odd << 16);
+    parts[2] = reinterpret_cast<Vec>(even & int32_t(0xffff0000));
+    parts[3] = reinterpret_cast<Vec>(odd & int32_t(0xffff0000));
+  } else {
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; ++p) parts[p] = reinterpret_cast<Vec>(((word << (28 - 4 * p)) >> 6) & int32_t(0x81c00000));
+  }
+}
+
+INLINE float power_of_two(int exponent) {  // -126 .. 127
+  const uint32_t bits = uint32_t(exponent + 127) << 23;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The largest finite magnitude's exponent: 2^e <= max |x| < 2^(e+1). INT_MAX where x has an inf or NaN, INT_MIN for 0.
+static int exponent_of(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  if (most >= 0x7f800000u) return INT_MAX;
+  if (most == 0) return INT_MIN;
+  return most >> 23 ? int(most >> 23) - 127 : -118 - __builtin_clz(most);
+}
+
+// The input rows of a phase's products in the order in which a kernel meets them. One a thread; a phase's inputs don't
+// change while it runs, so the rows are laid out when a thread first meets them.
+struct Inputs {
+  char* space = nullptr;  // kPackedRows * packed_row_bytes(widest cols)
+  const float* x = nullptr;
+  int64_t t = 0, n = 0, row_bytes = 0;
+  int phase = -1, kind = -1;
+  bool fits = false;
+  float back[kPackedRows][2];  // multiplied together: the power of two that undoes the scaling
+
+  template <class T>
+  const T* row(int64_t c) const {
+    return reinterpret_cast<const T*>(space + c * row_bytes);
+  }
+};
+
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#define UPWELL_BYTE_DOTS 1
+#include "packed_bytes.h"
+#else
+#define UPWELL_BYTE_DOTS 0
+#endif
+
+constexpr int64_t packed_row_bytes(int64_t cols) {  // of one prepared row: floats, or bytes with their sums and scales
+  return 4 * (cols + 2 * kPadding) + 64;
+}
+
+template <int64_t F>
+static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
+  constexpr int P = kParts<F>;
+  const int64_t chunk = P * kLanes, padded = (in.n + chunk - 1) / chunk * chunk;
+  in.row_bytes = 4 * padded;
+  in.fits = true;
+  for (int64_t c = 0; c < in.t; ++c, x += ldx) {
+    float up[2] = {1.0f, 1.0f};
+    in.back[c][0] = in.back[c][1] = 1.0f;
+    if (F != kBF16) {
+      const int e = exponent_of(x, in.n);
+      if (e == INT_MAX) {
+        in.fits = false;
+        return;
+      }
+      const int shift = e == INT_MIN ? 0 : 60 - e, down = (F == kFP8 ? 120 : 126) - kLift<F> - shift;
+      up[0] = power_of_two(shift / 2), up[1] = power_of_two(shift - shift / 2);
+      in.back[c][0] = power_of_two(down / 2), in.back[c][1] = power_of_two(down - down / 2);
+    }
+    float* out = reinterpret_cast<float*>(in.space + c * in.row_bytes);
+    const int64_t whole = in.n / chunk * chunk;
+    for (int64_t base = 0; base < whole; base += chunk)
+      for (int part = 0; part < P; ++part)
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[base + part * kLanes + lane] = x[base + lane * P + part] * up[0] * up[1];
+    for (int64_t i = whole; i < padded; ++i) {
+      const int64_t at = whole + (i - whole) % P * kLanes + (i - whole) / P;
+      out[at] = i < in.n ? x[i] * up[0] * up[1] : 0.0f;
+    }
+  }
+}
+
+static void prepare(Inputs& in, int64_t format, const float* x, int64_t ldx, int64_t t, int64_t n, int phase) {
+  if (in.x == x && in.t == t && in.n == n && in.phase == phase && in.kind == int(format)) return;
+  in.x = x, in.t = t, in.n = n, in.phase = phase, in.kind = int(format);
+  if (format == kBF16) lay_out_floats<kBF16>(in, x, ldx);
+  else if (format == kFP8) lay_out_floats<kFP8>(in, x, ldx);
+#if UPWELL_BYTE_DOTS
+  else lay_out_bytes(in, x, ldx);
+#else
+  else lay_out_floats<kFP4>(in, x, ldx);
+#endif
+}
+
+// All scales that rows [first, first + width) use lie in 2^-63 .. 2^63, so that no factor leaves FP32's normals.
+static bool plain_scales(const Matrix& m, int64_t first, int width) {
+  if (m.format == kBF16) return true;
+  const int64_t stride = m.format == kFP8 ? (m.cols + 127) / 128 : m.cols / 32;
+  const int64_t begin = (m.format == kFP8 ? first / 128 : first) * stride;
+  const int64_t end = (m.format == kFP8 ? (first + width - 1) / 128 + 1 : first + width) * stride;
+  uint8_t odd = 0;
+  for (int64_t i = begin; i < end; ++i) odd |= uint8_t(m.scale[i] - 64) > 126;
+  return !odd;
+}
+
+// Scale bytes for each lane, one for each four, as FP32 times 2^lift.
+INLINE Vec lane_scales(const uint8_t* scale, int lift) {
+  uint32_t bytes = 0;
+  __builtin_memcpy(&bytes, scale, kLanes / 4);
+  VecI word = int32_t(bytes) - VecI{};
+#if VECTOR_BYTES == 64
+  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24};
+#elif VECTOR_BYTES == 32
+  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8};
+#endif
+  return reinterpret_cast<Vec>(((word & 255) + lift) << 23);
+}
+
+// Where R weight rows begin, and their scales.
+struct Rows {
+  const uint8_t *data, *scale;
+  int64_t row_bytes, row_scales;
+};
+
+// acc[r][c] += one chunk of R weight rows times C input rows. `ahead`: bytes to prefetch ahead.
+template <int64_t F, int R, int C>
+INLINE void packed_chunk(const Rows& w, int64_t col, int64_t ahead, const Inputs& in, int64_t c0, Vec (&acc)[R][C], VecI& nan) {
+  constexpr int P = kParts<F>;
+  Vec shared = splat(1.0f);
+  if constexpr (F == kFP8) shared = splat(power_of_two(int(w.scale[col / 128]) - 127 + kLift<F>));
+  Vec parts[R][P], factor[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const uint8_t* p = w.data + r * w.row_bytes + col * 4 / P;
+    __builtin_prefetch(p + ahead, 0, 2);  // into L2: L1 holds the inputs
+    const VecI word = load_words(p);
+    decode<F>(word, parts[r]);
+    if constexpr (F == kFP8) nan |= (word & 0x7f7f7f7f) + 0x01010101;
+    factor[r] = shared;
+    if constexpr (F == kFP4) factor[r] = lane_scales(w.scale + r * w.row_scales + col / 32, kLift<F>);
+    if constexpr (C == 1 && F != kBF16) {
+      const float* x = in.row<float>(c0) + col;
+      Vec sum = parts[r][0] * load(x);
+#pragma GCC unroll 8
+      for (int k = 1; k < P; ++k) sum += parts[r][k] * load(x + k * kLanes);
+      acc[r][0] += sum * factor[r];
+    }
+  }
+  if constexpr (C > 1 || F == kBF16) {
+#pragma GCC unroll 8
+    for (int k = 0; k < P; ++k) {
+      if constexpr (F != kBF16)
+        for (int r = 0; r < R; ++r) parts[r][k] *= factor[r];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        const Vec x = load(in.row<float>(c0 + c) + col + k * kLanes);  // once for all rows
+        for (int r = 0; r < R; ++r) acc[r][c] += parts[r][k] * x;
+      }
+    }
+  }
+}
+
+template <int64_t F>
+constexpr int kChunk = UPWELL_BYTE_DOTS && F == kFP4 ? 2 * VECTOR_BYTES : kParts<F> * kLanes;
+
+// Columns [from, to) of R weight rows times C input rows, added to sums [R][C]. The last chunk of a row may be cut off:
+// it is read through a padded copy, as the row's end may be the tensor's.
+template <int64_t F, int R, int C>
+static void packed_block(const Rows& w, int64_t from, int64_t to, int64_t ahead, const Inputs& in, int64_t c0, Vec* sums,
+                         VecI& nan) {
+  constexpr int64_t chunk = kChunk<F>, bytes = chunk * 4 / kParts<F>;
+  Vec acc[R][C];
+  for (int i = 0; i < R * C; ++i) acc[i / C][i % C] = sums[i];
+  int64_t col = from;
+#if UPWELL_BYTE_DOTS
+  const ByteVec table = doubles_of_codes();
+#endif
+  auto step = [&](const Rows& rows, int64_t at) {
+#if UPWELL_BYTE_DOTS
+    if constexpr (F == kFP4) byte_chunk<R, C>(rows.data, rows.scale, rows.row_bytes, rows.row_scales, at, ahead, in, c0, at, table, acc);
+    else
+#endif
+      packed_chunk<F, R, C>(rows, at, ahead, in, c0, acc, nan);
+  };
+  for (; col + chunk <= to; col += chunk) step(w, col);
+  if (col < to) {
+    uint8_t data[R * bytes] = {}, scale[R * 4];
+    for (int i = 0; i < R * 4; ++i) scale[i] = 127;
+    const int64_t left = (to - col) * 4 / kParts<F>;
+    for (int r = 0; r < R; ++r) {
+      __builtin_memcpy(data + r * bytes, w.data + r * w.row_bytes + col * 4 / kParts<F>, size_t(left));
+      if (F == kFP8) scale[0] = w.scale[col / 128];
+      if (F == kFP4) __builtin_memcpy(scale + r * 4, w.scale + r * w.row_scales + col / 32, size_t((to - col) / 32));
+    }
+    ahead = 0;
+    step(Rows{data - col * 4 / kParts<F>, scale - (F == kFP8 ? col / 128 : col / 32), bytes, 4}, col);
+  }
+  for (int i = 0; i < R * C; ++i) sums[i] = acc[i / C][i % C];
+}
+
+// Weight rows [first, first + width) times input rows [c0, c0 + C). From four input rows on, a block of columns is done
+// for all weight rows at once, so that the inputs' block stays in L1. Returns whether FP8's NaN was met.
+template <int64_t F, int C>
+__attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t first, int width, const Inputs& in, int64_t c0, float* out, int64_t ldo) {
+  constexpr int R = C < 4 ? 4 : 2;
+  const int64_t n = m.cols, row_bytes = n * 4 / kParts<F>, block = C < 4 ? n : 512;
+  const int64_t row_scales = F == kFP8 ? 0 : n / 32;
+  const auto* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
+  const uint8_t* scale = nullptr;
+  if (F == kFP8) scale = m.scale + first / 128 * ((n + 127) / 128);
+  if (F == kFP4) scale = m.scale + first * row_scales;
+  const int64_t ahead = C < 4 ? R * row_bytes : block * 4 / kParts<F>;
+  Vec sums[kTile * C] = {};
+  VecI nan{};
+  for (int64_t from = 0; from < n; from += block) {
+    const int64_t to = from + block < n ? from + block : n;
+    int r = 0;
+    for (; r + R <= width; r += R)
+      packed_block<F, R, C>({data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}, from, to, ahead, in, c0, sums + r * C, nan);
+    for (; r < width; ++r)
+      packed_block<F, 1, C>({data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}, from, to, ahead, in, c0, sums + r * C, nan);
+  }
+  for (int c = 0; c < C; ++c) {
+    const float *back = in.back[c0 + c];
+    for (int r = 0; r < width; ++r) out[c * ldo + r] = sum_lanes(sums[r * C + c]) * back[0] * back[1];
+  }
+  int32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
+  return any & int32_t(0x80808080);
+}
+
+template <int64_t F>
+static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
+  bool nan = false;
+  int64_t c = 0;
+  if constexpr (kManyRegisters && kChunk<F> != 2 * VECTOR_BYTES)
+    for (; in.t - c >= 8; c += 8) nan |= packed_columns<F, 8>(m, first, width, in, c, out + c * ldo, ldo);
+  for (; in.t - c >= 4; c += 4) nan |= packed_columns<F, 4>(m, first, width, in, c, out + c * ldo, ldo);
+  if (in.t - c == 3) nan |= packed_columns<F, 3>(m, first, width, in, c, out + c * ldo, ldo);
+  if (in.t - c == 2) nan |= packed_columns<F, 2>(m, first, width, in, c, out + c * ldo, ldo);
+  if (in.t - c == 1) nan |= packed_columns<F, 1>(m, first, width, in, c, out + c * ldo, ldo);
+  return nan;
+}
+
+// out [t, width] = x [t, cols] times weight rows [first, first + width), t <= kPackedRows; false where these kernels
+// don't serve these values, and out is unspecified.
+__attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
+                           int64_t ldo, Inputs& in, int phase) {
+  if (m.format == kF32 || m.format == kPanels || t > kPackedRows || !plain_scales(m, first, width)) return false;
+  prepare(in, m.format, x, ldx, t, m.cols, phase);
+  if (!in.fits) return false;
+  if (m.format == kBF16) return !packed_rows<kBF16>(m, first, width, in, out, ldo);
+  if (m.format == kFP8) return !packed_rows<kFP8>(m, first, width, in, out, ldo);
+  return !packed_rows<kFP4>(m, first, width, in, out, ldo);
+}

@@ -1,0 +1,254 @@
+// The CPU kernels against scalar double-precision references, without Python or torch: for machines that only a
+// cross-compiler and an emulator reach. Compile for one instruction set, with VECTOR_BYTES set; see check_aarch64.sh.
+// With the argument "bench": bytes per second of one thread from packed weights.
+#include "../../csrc/kernels.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+namespace upwell {
+#include "../../csrc/simd.h"
+#include "../../csrc/gemm.h"
+#include "../../csrc/attention.h"
+}  // namespace upwell
+
+using namespace upwell;
+
+namespace {
+
+std::mt19937 generator(1);
+double uniform() { return double(generator()) / 4294967296.0; }
+double normal() {
+  double sum = -6;
+  for (int i = 0; i < 12; ++i) sum += uniform();
+  return sum;
+}
+
+double ue8m0_value(int code) { return code == 255 ? NAN : std::ldexp(1.0, code - 127); }
+double fp8_value(int code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 127) == 127) return NAN;
+  const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return code & 128 ? -size : size;
+}
+double fp4_value(int code) {
+  const double sizes[] = {0, .5, 1, 1.5, 2, 3, 4, 6};
+  return code & 8 ? -sizes[code & 7] : sizes[code & 7];
+}
+
+struct Weight {
+  std::vector<uint8_t> data, scale;
+  Matrix m;
+  std::vector<double> dense;
+};
+
+// Random codes, exactly as long as the tensor, so that a read past its end shows under a memory checker.
+Weight random_weight(int64_t format, int64_t rows, int64_t cols, int scale_from, int scale_to) {
+  Weight w;
+  const int64_t bytes = format == kF32 ? 4 * cols : format == kBF16 ? 2 * cols : format == kFP8 ? cols : cols / 2;
+  w.data.resize(size_t(rows * bytes));
+  const int64_t across = format == kFP8 ? (cols + 127) / 128 : cols / 32;
+  if (format == kFP8) w.scale.resize(size_t((rows + 127) / 128 * across));
+  if (format == kFP4) w.scale.resize(size_t(rows * across));
+  for (auto& s : w.scale) s = uint8_t(scale_from + int(uniform() * (scale_to - scale_from + 1)));
+  w.m = {w.data.data(), w.scale.data(), rows, cols, format};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) {
+      double value = 0;
+      if (format == kF32 || format == kBF16) {
+        const float v = float(normal());
+        uint32_t bits;
+        std::memcpy(&bits, &v, 4);
+        if (format == kBF16) {
+          bits &= 0xffff0000u;
+          const uint16_t half = uint16_t(bits >> 16);
+          std::memcpy(&w.data[size_t(2 * (r * cols + c))], &half, 2);
+        } else {
+          std::memcpy(&w.data[size_t(4 * (r * cols + c))], &bits, 4);
+        }
+        float kept;
+        std::memcpy(&kept, &bits, 4);
+        value = kept;
+      } else if (format == kFP8) {
+        int code = int(uniform() * 256);
+        if ((code & 127) == 127) code ^= 1;
+        w.data[size_t(r * cols + c)] = uint8_t(code);
+        value = fp8_value(code) * ue8m0_value(w.scale[size_t(r / 128 * across + c / 128)]);
+      } else {
+        const int code = int(uniform() * 16);
+        w.data[size_t(r * cols / 2 + c / 2)] |= uint8_t(code << (c % 2 * 4));
+        value = fp4_value(code) * ue8m0_value(w.scale[size_t(r * across + c / 32)]);
+      }
+      w.dense.push_back(value);
+    }
+  return w;
+}
+
+int failures = 0, checks = 0;
+void expect(bool good, const char* what, double got, double wanted) {
+  ++checks;
+  if (good) return;
+  if (++failures <= 10) std::printf("FAILED %s: got %g, reference %g\n", what, got, wanted);
+}
+
+// out [t, rows] = x [t, cols] times the weight, in one thread; `repeats` times.
+std::vector<float> product(const Weight& w, const std::vector<float>& x, int64_t t, int repeats = 1) {
+  const int64_t n = w.m.cols, rows = w.m.rows;
+  std::vector<float> out(size_t(t * rows), -1), tile(size_t(n * kTile)), buffer(size_t(4 * n));
+  std::vector<char> space(size_t(kPackedRows * packed_row_bytes(n) + 64));
+  Inputs inputs;
+  inputs.space = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64);
+  const Job job{w.m, x.data(), n, t, out.data(), rows};
+  for (int phase = 0; phase < repeats; ++phase)
+    for (int64_t first = 0; first < rows; first += kTile)
+      run_job(job, first, int(rows - first < kTile ? rows - first : kTile), 0, t, tile.data(), buffer.data(), &inputs, phase);
+  return out;
+}
+
+void check_product(int64_t format, int64_t rows, int64_t cols, int64_t t, double x_scale, int scale_from, int scale_to) {
+  const Weight w = random_weight(format, rows, cols, scale_from, scale_to);
+  std::vector<float> x(size_t(t * cols));
+  for (auto& v : x) v = float(normal() * x_scale);
+  const auto out = product(w, x, t);
+  const char* names[] = {"F32 product", "BF16 product", "FP8 product", "FP4 product"};
+  for (int64_t c = 0; c < t; ++c)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < cols; ++k) {
+        const double term = w.dense[size_t(r * cols + k)] * x[size_t(c * cols + k)];
+        sum += term, size += std::fabs(term);
+      }
+      const double off = std::fabs(out[size_t(c * rows + r)] - sum);
+      expect(off <= 2e-6 * size + 1e-44, names[format], out[size_t(c * rows + r)], sum);
+    }
+}
+
+void check_specials(int64_t format) {
+  Weight w = random_weight(format, 5, 160, 120, 130);
+  std::vector<float> x(160, 1.0f);
+  const float specials[] = {INFINITY, -INFINITY, NAN};
+  for (const float special : specials) {
+    x[33] = special;
+    const auto out = product(w, x, 1);
+    for (int r = 0; r < 5; ++r) {
+      double sum = 0;
+      for (int k = 0; k < 160; ++k) sum += w.dense[size_t(r * 160 + k)] * x[size_t(k)];
+      const bool same = std::isnan(sum) ? std::isnan(out[size_t(r)]) : out[size_t(r)] == sum;
+      expect(same, "product of a special", out[size_t(r)], sum);
+    }
+  }
+  x[33] = 0.0f;
+  std::vector<float> none(160, 0.0f);
+  for (const float v : product(w, none, 1)) expect(v == 0, "product of zeros", v, 0);
+  if (format == kFP8) {
+    w.data[2 * 160 + 7] = 0xff;
+    const auto out = product(w, x, 1);
+    for (int r = 0; r < 5; ++r) expect(std::isnan(out[size_t(r)]) == (r == 2), "a weight that is NaN", out[size_t(r)], r);
+  }
+}
+
+// A query's heads over scattered rows, with a sink.
+void check_attention(int heads, int64_t dim, int64_t rope, int64_t n) {
+  auto draw = [](size_t count) {
+    std::vector<float> v(count);
+    for (auto& e : v) e = float(normal());
+    return v;
+  };
+  const auto q = draw(size_t(heads * dim)), rows = draw(size_t(n * dim)), sink = draw(size_t(heads));
+  std::vector<float> cos, sin;
+  for (int64_t i = 0; i < rope / 2; ++i) cos.push_back(float(std::cos(0.7 * double(i)))), sin.push_back(float(std::sin(0.7 * double(i))));
+  std::vector<float> turn(size_t(2 * rope));  // as rotate wants it
+  for (int64_t i = 0; i < rope; ++i) {
+    turn[size_t(i)] = cos[size_t(i / 2)];
+    turn[size_t(rope + i)] = i % 2 ? sin[size_t(i / 2)] : -sin[size_t(i / 2)];
+  }
+  std::vector<const float*> pointers;
+  for (int64_t j = 0; j < n; ++j) pointers.push_back(&rows[size_t((j * 7 % n) * dim)]);
+  std::vector<float> qt(size_t((dim + kLanes) * kLanes)), scores(size_t(n * kLanes)), out(size_t(heads * dim));
+  attend_query(q.data(), heads, dim, 1e-6f, turn.data(), rope, sink.data(), pointers.data(), n, qt.data(), scores.data(), out.data());
+  for (int h = 0; h < heads; ++h) {
+    std::vector<double> query(static_cast<size_t>(dim));
+    double square = 0;
+    for (int64_t k = 0; k < dim; ++k) square += double(q[size_t(h * dim + k)]) * q[size_t(h * dim + k)];
+    for (int64_t k = 0; k < dim; ++k) query[size_t(k)] = q[size_t(h * dim + k)] / std::sqrt(square / double(dim) + 1e-6);
+    auto turn = [&](std::vector<double>& v, double sign) {
+      for (int64_t i = 0; i < rope / 2; ++i) {
+        double &a = v[size_t(dim - rope + 2 * i)], &b = v[size_t(dim - rope + 2 * i + 1)];
+        const double s = sign * sin[size_t(i)], first = a * cos[size_t(i)] - b * s;
+        b = a * s + b * cos[size_t(i)], a = first;
+      }
+    };
+    turn(query, 1);
+    std::vector<double> weighed(static_cast<size_t>(dim));
+    double total = std::exp(double(sink[size_t(h)]));
+    for (int64_t j = 0; j < n; ++j) {
+      double score = 0;
+      for (int64_t k = 0; k < dim; ++k) score += query[size_t(k)] * pointers[size_t(j)][k];
+      const double p = std::exp(score / std::sqrt(double(dim)));
+      total += p;
+      for (int64_t k = 0; k < dim; ++k) weighed[size_t(k)] += p * pointers[size_t(j)][k];
+    }
+    for (auto& v : weighed) v /= total;
+    turn(weighed, -1);
+    for (int64_t k = 0; k < dim; ++k)
+      expect(std::fabs(out[size_t(h * dim + k)] - weighed[size_t(k)]) < 1e-5, "attention", out[size_t(h * dim + k)], weighed[size_t(k)]);
+  }
+}
+
+// Weights of 1 MiB (what the arithmetic can do) and of 64 MiB (what memory lets it do).
+void bench() {
+  const char* names[] = {"F32", "BF16", "FP8", "FP4"};
+  for (int64_t format : {kBF16, kFP8, kFP4})
+    for (int64_t t : {1, 2, 3, 4, 8}) {
+      std::printf("%-4s x%d:", names[format], int(t));
+      for (const int64_t bytes : {1 << 20, 1 << 26}) {
+        const int64_t cols = 4096, rows = bytes / (format == kBF16 ? 2 * cols : format == kFP8 ? cols : cols / 2);
+        const int repeats = bytes < (1 << 24) ? 32 : 1;
+        Weight w;
+        w.data.resize(size_t(bytes));
+        for (auto& b : w.data) b = uint8_t((generator() & 0x77) | 0x10);  // as in real weights, few are subnormal
+        w.scale.assign(size_t(rows * cols / 32), 127);
+        w.m = {w.data.data(), w.scale.data(), rows, cols, format};
+        std::vector<float> x(size_t(t * cols));
+        for (auto& v : x) v = float(normal());
+        double best = 1e9;
+        for (int run = 0; run < 5; ++run) {
+          const auto begin = std::chrono::steady_clock::now();
+          product(w, x, t, repeats);
+          best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / repeats);
+        }
+        std::printf("  %.1f GB/s, %.1f G products/s;", double(bytes) / best / 1e9, double(rows * cols * t) / best / 1e9);
+      }
+      std::printf("\n");
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && std::strcmp(arguments[1], "bench") == 0) {
+    bench();
+    return 0;
+  }
+  for (int64_t format : {kF32, kBF16, kFP8, kFP4}) {
+    for (int64_t t : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+      const bool any = format != kFP4;  // FP4's columns come in groups of 32
+      check_product(format, 1 + t * 3, any ? 130 + t : 32 * t, t, 1, 118, 130);
+      check_product(format, 37, 256, t, 1, 127, 127);
+      check_product(format, 6, any ? 77 : 96, t, 1e-38, 120, 130);
+      check_product(format, 6, any ? 77 : 96, t, 1e30, 120, 130);
+    }
+    if (format == kFP8 || format == kFP4) check_product(format, 7, 192, 2, 1e10, 1, 20);  // scales near the ends
+    check_product(format, 3, 2048, 1, 1, 100, 150);
+    check_specials(format);
+  }
+  for (int heads : {1, 3, 4, 5, kLanes})
+    if (heads <= kLanes) check_attention(heads, 20 + 4 * heads, 8, 5 + 11 * heads);
+  check_attention(kLanes, 512, 64, 130);
+  std::printf("%d checks, %d failed (vectors of %d bytes, %s)\n", checks, failures, VECTOR_BYTES,
+              UPWELL_BYTE_DOTS ? "FP4 by bytes" : "FP4 by floats");
+  return failures != 0;
+}

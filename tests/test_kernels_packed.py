@@ -1,0 +1,139 @@
+"""Products from packed weights equal the plain operation: random shapes, odd sizes, extremes, every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from upwell.formats.fp8 import scale_shape
+from upwell.ops import native
+from upwell.ops.linear import dense_weight, linear
+
+KINDS = ("bf16", "fp8", "fp4")
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = native.library()
+    if library is None:
+        yield "plain"  # product() below is then the plain operation
+        return
+    before = library.upwell_isa().decode()
+    if not native.set_isa(request.param):
+        assert library.upwell_isa().decode() == before  # a set the CPU lacks is refused and changes nothing
+        yield before
+        return
+    yield request.param
+    assert native.set_isa(before)
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    return linear(x, weight, scale) if native.library() is None else native.product(x, weight, scale)
+
+
+def random_weight(
+    kind: str, rows: int, cols: int, seed: int, exponents: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """All codes but NaN's, scales 2^exponents."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def codes(shape: tuple[int, ...], low: int = 0, high: int = 256) -> Tensor:
+        return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
+
+    low, high = 127 + exponents[0], 128 + exponents[1]
+    if kind == "bf16":
+        return torch.randn(rows, cols, generator=generator).bfloat16(), None
+    if kind == "fp8":
+        raw = codes((rows, cols))
+        raw[(raw & 127) == 127] ^= 1
+        return raw.view(torch.float8_e4m3fn), codes(scale_shape(rows, cols), low, high)
+    return codes((rows, cols // 2)), codes((rows, cols // 32), low, high)
+
+
+def assert_close(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Within FP32's rounding of the sum's terms; the reference is the plain decode, multiplied in double precision."""
+    dense = dense_weight(weight, scale, torch.float32).double()
+    exact, size = x.double() @ dense.T, x.double().abs() @ dense.T.abs()
+    off = (product(x, weight, scale).double() - exact).abs()
+    assert (off <= 2e-6 * size + 1e-43).all(), float((off / size).max())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_shapes_equal_plain(isa: str, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(KINDS))
+    cols = data.draw(st.integers(1, 700))
+    if kind == "fp4":
+        cols = -(-cols // 32) * 32
+    seed, tokens = data.draw(st.integers(0, 999)), data.draw(st.integers(1, 12))
+    low = data.draw(st.sampled_from([-3, -40, -127, 20]))
+    weight, scale = random_weight(kind, data.draw(st.integers(1, 150)), cols, seed, (low, low + 4))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, cols, generator=generator) * 2.0 ** data.draw(st.sampled_from([0, -130, -60, 60]))
+    # Rows and columns of very different sizes: no scaling may let the small ones drown.
+    x *= 2.0 ** torch.randint(-6, 6, (tokens, 1), generator=generator)
+    assert_close(x, weight, scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nano_and_flash_shapes_equal_plain(isa: str, kind: str) -> None:
+    for rows, cols, tokens in ((64, 4096, 1), (96, 2048, 3), (33, 1024, 8), (160, 256, 5)):
+        weight, scale = random_weight(kind, rows, cols, rows, (-9, -7))
+        assert_close(torch.randn(tokens, cols, generator=torch.Generator().manual_seed(1)), weight, scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38, 1e-45, 1e-40, 0.0, -0.0])
+def test_extremes_are_where_plain_has_them(isa: str, kind: str, value: float) -> None:
+    weight, scale = random_weight(kind, 40, 160, 7, (-12, -8))
+    for tokens in (1, 2, 8):
+        x = torch.randn(tokens, 160, generator=torch.Generator().manual_seed(2))
+        x[-1, 77] = value
+        got, plain = product(x, weight, scale), linear(x, weight, scale)
+        assert torch.equal(got.isnan(), plain.isnan()) and torch.equal(got.isinf(), plain.isinf())
+        finite = plain.isfinite()
+        assert torch.allclose(got[finite], plain[finite], rtol=1e-4, atol=1e-4)
+        only = torch.full_like(x, value if abs(value) < 1 else 0.0)  # nothing but zeros or subnormals
+        assert_close(only, weight, scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_nan_weights_and_scales_reach_only_their_rows(isa: str, tokens: int) -> None:
+    x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(3))
+    weight, scale = random_weight("fp8", 200, 256, 4, (-8, -6))
+    assert scale is not None
+    weight.view(torch.uint8)[17, 33] = 0xFF
+    scale[1, 0] = 255  # rows 128 .. 199
+    nan = product(x, weight, scale).isnan()
+    expected = torch.zeros(200, dtype=torch.bool)
+    expected[17] = expected[128:] = True
+    assert torch.equal(nan, expected.expand(tokens, -1))
+    weight, scale = random_weight("fp4", 50, 256, 5, (-8, -6))
+    assert scale is not None
+    scale[9, 3] = 255
+    nan = product(x, weight, scale).isnan()
+    assert torch.equal(nan, (torch.arange(50) == 9).expand(tokens, -1))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_every_code_has_its_value(isa: str, kind: str) -> None:
+    """Each code alone in a row, times one: the product is the code's value, exactly."""
+    if kind == "fp8":
+        codes = torch.arange(256, dtype=torch.uint8)
+        weight = torch.zeros(256, 128, dtype=torch.uint8)
+        weight[torch.arange(256), torch.arange(256) % 128] = codes
+        got = product(torch.ones(1, 128), weight.view(torch.float8_e4m3fn), torch.full((2, 1), 127, dtype=torch.uint8))
+        sizes = [(8 + c % 8) * 2.0 ** (c // 8 - 10) if c >= 8 else c * 2.0**-9 for c in range(127)] + [float("nan")]
+    else:
+        weight = torch.zeros(16, 64, dtype=torch.uint8)
+        for code in range(16):
+            weight[code, 3 * code] = code << (code % 2 * 4)
+        got = product(torch.ones(1, 128), weight, torch.full((16, 4), 127, dtype=torch.uint8))
+        sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    expected = torch.tensor(sizes + [-s for s in sizes])
+    assert torch.equal(got[0].nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9))

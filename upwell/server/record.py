@@ -1,0 +1,68 @@
+"""What is known of one request, from its first byte to its last: the audit log, metrics and traces are made of it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from upwell.chat.parsing import Reasoning
+from upwell.server.keys import Key
+from upwell.server.responders import Piece, Reply
+
+
+@dataclass
+class RequestRecord:
+    """Times are seconds; `started` and `first_token` of the monotonic clock, `at` of the calendar (Unix)."""
+
+    method: str
+    path: str
+    client: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
+    key: Key | None = None
+    model: str | None = None
+    stream: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's
+    first_token: float | None = None
+    finish_reasons: list[str] = field(default_factory=list)
+    status: int = 0
+    latency: float = 0.0
+    gone: bool = False  # the client left before the end
+    prompt: Any = None  # kept only where it is asked for
+    traceparent: str | None = None
+    on_interval: Callable[[float], None] | None = None  # seconds between two tokens of a choice
+
+    async def count(self, reply: Reply) -> AsyncGenerator[Piece, None]:
+        """The reply's pieces, counted; leaving early ends the reply."""
+        self.prompt_tokens += reply.prompt_tokens
+        last: dict[int, float] = {}
+        async with aclosing(reply.pieces) as pieces:
+            async for piece in pieces:
+                if piece.tokens:
+                    now = time.monotonic()
+                    if self.first_token is None:
+                        self.first_token = now
+                    if self.on_interval is not None and piece.index in last:
+                        self.on_interval((now - last[piece.index]) / piece.tokens)
+                    last[piece.index] = now
+                    self.completion_tokens += piece.tokens
+                    # A piece with the last of the reasoning and the first of the answer counts for the answer.
+                    if piece.events and all(isinstance(part, Reasoning) for part in piece.events):
+                        self.reasoning_tokens += piece.tokens
+                if piece.finish_reason is not None:
+                    self.finish_reasons.append(piece.finish_reason)
+                yield piece
+
+
+class RecordSink(Protocol):
+    """Where finished records go."""
+
+    def __call__(self, record: RequestRecord) -> None: ...
+
