@@ -25,6 +25,11 @@ def add_prefix_cache_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-cache-disk-bytes", type=int, metavar="N", help="most it takes there (default: 16 GiB)")
 
 
+def add_speculation_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--speculative-tokens", type=int, metavar="N",
+                        help="draft up to N tokens a step (1 to 7) where that pays (default: none)")  # fmt: skip
+
+
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     """The engine's settings that were given."""
     from upwell.engine import EngineOptions

@@ -9,6 +9,7 @@ from upwell.cli.model_flags import (
     add_model_flags,
     add_prefix_cache_flags,
     add_sampling_flags,
+    add_speculation_flag,
     load_llm,
     sampling_params,
 )
@@ -19,6 +20,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("prompt", help="text to continue")
     add_model_flags(parser)
     add_prefix_cache_flags(parser)
+    add_speculation_flag(parser)
     add_sampling_flags(parser, max_tokens=256)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upwell.cli.model_flags import add_model_flags, add_prefix_cache_flags, load_llm
+from upwell.cli.model_flags import add_model_flags, add_prefix_cache_flags, add_speculation_flag, load_llm
 from upwell.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-queue", type=int, metavar="N", help="most requests that wait; more are refused with 429")
     parser.add_argument("--request-timeout", type=float, metavar="S", help="seconds a request may take in the engine")
     add_prefix_cache_flags(parser)
+    add_speculation_flag(parser)
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     network.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")

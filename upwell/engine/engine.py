@@ -39,7 +39,7 @@ from upwell.model import Transformer
 PREFILL_CHUNK = 512  # prompt tokens a step while nothing decodes: as many as the kernels take at once
 MAX_NUM_SEQS = 32
 CACHE_TOKENS = 65536
-SPECULATIVE_TOKENS = MOST_DRAFTS
+SPECULATIVE_TOKENS = 0  # off unless asked for, as in vLLM
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Engine:
 
     `max_num_seqs` sequences run at once; with `max_queue`, a request is refused while as many more wait. The prefix
     cache keeps up to `prefix_cache_bytes` in memory and, given a directory, `prefix_cache_disk_bytes` there.
-    `speculative_tokens` are drafted a step where that pays (speculative.py); 0 drafts none.
+    Up to `speculative_tokens` are drafted a step where that pays (speculative.py); None or 0 drafts none.
     `graphs`: decode steps are captured as device graphs and replayed (npu, cuda).
     """
 

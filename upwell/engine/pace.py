@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
-AGAIN = 64  # steps between trials
+AGAIN = 128  # steps between trials
 _KEPT = 9  # times of each choice, of which the median counts
 _FIRST = 3  # steps of each choice before it is judged; the first of them warms up
 _DECAY = 0.98  # of acceptance, a draft
