@@ -78,6 +78,7 @@ class Served:
 def scripted_llm(script: Script, **options: Any) -> LLM:
     """An LLM that replies to a prompt with `script(prompt)` and ends."""
     llm = build_llm(**({"max_num_seqs": 4, "cache_tokens": 8192, "enable_prefix_caching": False} | options))
+    llm.engine.speculator = None  # it would read more from the model than the script says
     runner, tokenizer = llm.engine.runner, llm.tokenizer
     replies: WeakKeyDictionary[Request, list[int]] = WeakKeyDictionary()
 
