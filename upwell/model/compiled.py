@@ -239,7 +239,8 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
-    dense = max(_dense_bytes(block) for block in model.layers)
+    blocks: list[Any] = list(model.layers)
+    dense = max(_dense_bytes(block) for block in blocks)
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
