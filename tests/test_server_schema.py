@@ -15,7 +15,7 @@ from upwell.server.app import create_app
 from upwell.server.responders import ModelResponder
 
 _responder = ModelResponder(build_llm(max_num_seqs=4, cache_tokens=2048), max_model_len=100)
-schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(_responder, "tiny"))
+schema = schemathesis.openapi.from_dict(create_app(_responder, "tiny").openapi())
 
 
 @pytest.fixture(scope="module")
