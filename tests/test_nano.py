@@ -95,14 +95,12 @@ def test_mtp_drafts_far_better_than_chance(asker: Asker, model: Transformer) -> 
 
 
 def test_held_out_questions() -> None:
-    """On questions and tables that training never saw (benchmarks/questions): when nano is sure, it is right.
-
-    Overall it is right about as often as the keyword-rules control so far (docs/nano.md), which errs when it is sure.
-    """
+    """On questions and tables that training never saw (benchmarks/questions): right where the keyword-rules control
+    isn't, and right when it is sure."""
     questions = judge.load_questions()
     nano = judge.summarize(list(judge.Judge().verdicts(questions, predictors.nano)))
     rules = judge.summarize(list(judge.Judge().verdicts(questions, predictors.rules)))
     assert nano["precision_sure"]["rate"] >= 0.90
     assert nano["precision_sure"]["rate"] >= rules["precision_sure"]["rate"] + 0.10
-    assert nano["coverage_sure"]["rate"] >= 0.20
-    assert nano["accuracy"]["rate"] >= 0.58
+    assert nano["coverage_sure"]["rate"] >= 0.30
+    assert nano["accuracy"]["rate"] >= max(0.70, rules["accuracy"]["rate"] + 0.08)
