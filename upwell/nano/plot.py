@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -29,11 +30,12 @@ def main() -> None:
     losses.legend()
     plans.plot(steps, [100 * e["held_plans_right"] for e in entries], color="tab:green")
     plans.set(xlabel="step", ylabel="held-out plans right in every token (%)", ylim=(0, 100))
-    quantized = [e["step"] for e in entries if e["quantized"]]
-    if quantized:
-        for axis in (losses, plans):
-            axis.axvspan(quantized[0], steps[-1], alpha=0.12, color="gray")
-        plans.text(steps[-1], 4, "FP4/FP8 in view", ha="right")
+    spans = [(a["step"], b["step"]) for a, b in pairwise(entries) if b["quantized"]]
+    for axis in (losses, plans):
+        for first, last in spans:
+            axis.axvspan(first, last, alpha=0.12, color="gray", linewidth=0)
+    if spans:
+        plans.text(steps[-1], 4, "gray: FP4/FP8 in view", ha="right")
     figure.savefig(args.out, dpi=130)
 
 
