@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,45 @@ from upwell.analyst.linking import link
 from upwell.analyst.rules import draft_plan
 from upwell.analyst.sources import OpenTable, open_table
 from upwell.analyst.sql import to_sql
+from upwell.engine import LLM
+from upwell.engine.tokenizer import Tokenizer
+from upwell.nano.export import load_run
 
-_asker: Asker | None = None
-_opened: Path | None = None
+
+class _Analyst:
+    """Answers through the same Asker as the command line; keeps the last table open."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.asker = asker
+        self.opened: Path | None = None
+
+    def __call__(self, path: Path, question: str) -> dict[str, Any]:
+        if self.opened != path:
+            self.asker.open(path)
+            self.opened = path
+        answer = self.asker.ask(question)
+        return {"status": answer.status, "sql": answer.sql, "confidence": answer.confidence}
+
+
+@cache
+def _embedded() -> _Analyst:
+    return _Analyst(Asker())
+
+
+@cache
+def _trained() -> _Analyst:
+    run = Path(os.environ["UPWELL_RUN"])
+    return _Analyst(Asker(LLM.from_model(load_run(run), Tokenizer.from_directory(run))))
 
 
 def nano(path: Path, question: str) -> dict[str, Any]:
-    """The embedded model, through the same Asker as the command line."""
-    global _asker, _opened
-    if _asker is None:
-        _asker = Asker()
-    if _opened != path:
-        _asker.open(path)
-        _opened = path
-    answer = _asker.ask(question)
-    return {"status": answer.status, "sql": answer.sql, "confidence": answer.confidence}
+    """The embedded model as shipped."""
+    return _embedded()(path, question)
+
+
+def trained(path: Path, question: str) -> dict[str, Any]:
+    """The model of the training run in $UPWELL_RUN, in FP32, before it is rounded to the shipped formats."""
+    return _trained()(path, question)
 
 
 @cache
