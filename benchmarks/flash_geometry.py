@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upwell.bench.record import cpu_name
 from upwell.config import ModelConfig
 from upwell.engine import LLM, SamplingParams
 from upwell.formats.fp8 import scale_shape
@@ -280,7 +281,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     if native.library() is None:
         raise SystemExit(f"nothing to measure here: {native.describe()}")
-    machine = {"cpu": _cpu(), "threads": args.threads, "torch": torch.__version__,
+    machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__,
                "python": platform.python_version(), "kernels": native.describe()}  # fmt: skip
     print(f"$ {' '.join(sys.argv)}\n{machine}", flush=True)
     begin = time.perf_counter()
@@ -294,13 +295,6 @@ def main() -> None:
         record = {"command": sys.argv, "machine": machine, "layers": list(c.compress_ratios),
                   "experts": c.n_routed_experts, "bars": BARS, **result}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

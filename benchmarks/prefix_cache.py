@@ -39,6 +39,7 @@ def main() -> None:
 
     import upwell
     from upwell import LLM, SamplingParams
+    from upwell.bench.record import cpu_name
     from upwell.engine.prefix import CUT_TOKENS
     from upwell.ops.native import describe
 
@@ -102,7 +103,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "command": sys.argv,
             "machine": {
-                "cpu": _cpu(), "threads": arguments.threads,
+                "cpu": cpu_name(), "threads": arguments.threads,
                 "torch": torch.__version__, "python": platform.python_version(), "kernels": describe(),
                 "upwell": upwell.__version__,
             },
@@ -110,13 +111,6 @@ def main() -> None:
             "rounds": arguments.rounds, "differ": differ, "rows": rows,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -282,13 +282,14 @@ def main() -> None:
         return
 
     import torch
-    from vs_transformers import Ours, _cpu
+    from vs_transformers import Ours
 
+    from upwell.bench.record import cpu_name
     from upwell.ops import native
 
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    machine = {"cpu": _cpu(), "threads": args.threads, "torch": torch.__version__,
+    machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__,
                "python": platform.python_version(), "kernels": native.describe()}  # fmt: skip
     print(f"$ {' '.join(sys.argv)}\n{machine}", flush=True)
     rows: list[dict[str, Any]] = []

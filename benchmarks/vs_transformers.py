@@ -328,6 +328,7 @@ def main() -> None:
     import torch
     import transformers
 
+    from upwell.bench.record import cpu_name
     from upwell.ops import native
 
     torch.set_num_threads(THREADS)
@@ -335,8 +336,9 @@ def main() -> None:
     theirs_model, ours_model = build()
     ours, theirs = Ours(ours_model), Theirs(theirs_model)
     parameters = sum(p.numel() for p in ours_model.parameters())
-    machine = {"cpu": _cpu(), "threads": THREADS, "torch": torch.__version__, "transformers": transformers.__version__,
-               "python": platform.python_version(), "kernels": native.describe()}  # fmt: skip
+    machine = {"cpu": cpu_name(), "threads": THREADS, "torch": torch.__version__,
+               "transformers": transformers.__version__, "python": platform.python_version(),
+               "kernels": native.describe()}  # fmt: skip
     print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, FP32", flush=True)
     ids = torch.randint(0, GEOMETRY["vocab_size"], (8, 16384), generator=torch.Generator().manual_seed(1))
     print(f"logits agree to {check(ours, theirs, ids[:1, :1024])}", flush=True)
@@ -379,13 +381,6 @@ def main() -> None:
         result = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": machine, "parameters": parameters,
                   "geometry": GEOMETRY, "rows": report.rows, "long_prefill": extra}  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

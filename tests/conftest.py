@@ -1,4 +1,4 @@
-"""Settings of all tests, and what the web page's tests share."""
+"""Settings of all tests, and what the kernels' and the web page's tests share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from upwell.ops import native
+
 if TYPE_CHECKING:
     from chromium import Browser
     from scripted_site import Site
@@ -21,6 +23,23 @@ if TYPE_CHECKING:
 # A busy machine may take its time: a slow example is no failure.
 settings.register_profile("upwell", deadline=None)
 settings.load_profile("upwell")
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the kernels in turn."""
+    library = native.library()
+    if library is None:
+        assert "plain PyTorch" in native.describe()  # nothing to compare: this install runs the plain operations
+        yield "plain"
+        return
+    before = library.upwell_isa().decode()
+    if not native.set_isa(request.param):
+        assert library.upwell_isa().decode() == before  # a set the CPU lacks is refused and changes nothing
+        yield before
+        return
+    yield request.param
+    assert native.set_isa(before)
 
 
 @pytest.fixture(scope="session")

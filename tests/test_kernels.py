@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,22 +24,6 @@ BASE = ModelConfig(
     index_head_dim=12, index_topk=8, n_routed_experts=7, num_experts_per_tok=3, moe_intermediate_size=36,
     num_hash_layers=1, routed_scaling_factor=1.5, swiglu_limit=10.0, num_nextn_predict_layers=0,
 )  # fmt: skip
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native.library()
-    if library is None:
-        assert "plain PyTorch" in native.describe()  # nothing to compare: this install runs the plain operations
-        yield "plain"
-        return
-    before = library.upwell_isa().decode()
-    if not native.set_isa(request.param):
-        assert library.upwell_isa().decode() == before  # a set the CPU lacks is refused and changes nothing
-        yield before
-        return
-    yield request.param
-    assert native.set_isa(before)
 
 
 def random_model(config: ModelConfig, seed: int, std: float = 0.25) -> Transformer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,21 +13,6 @@ from upwell.ops import native
 from upwell.ops.linear import dense_weight, linear
 
 KINDS = ("bf16", "fp8", "fp4")
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native.library()
-    if library is None:
-        yield "plain"  # product() below is then the plain operation
-        return
-    before = library.upwell_isa().decode()
-    if not native.set_isa(request.param):
-        assert library.upwell_isa().decode() == before  # a set the CPU lacks is refused and changes nothing
-        yield before
-        return
-    yield request.param
-    assert native.set_isa(before)
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ def result(
         "date": time.strftime("%Y-%m-%d"),
         "build": {"upwell": upwell.__version__, "commit": _commit(), "torch": torch.__version__,
                   "python": platform.python_version(), "kernels": native.describe()},
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
                     "memory_gib": round(_memory() / 2**30, 1), "system": platform.platform(),
                     "device": str(model.device)},
         "model": {"path": where, "dtype": str(model.dtype)[6:], "layers": len(model.layers),
@@ -85,7 +85,8 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model, as its maker calls it where Linux tells, else as Python knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import upwell
+from upwell.bench.record import cpu_name
 from upwell.devices import resolve_device
 from upwell.errors import DeviceError
 from upwell.ops import native
@@ -50,7 +51,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": native.describe(),
@@ -70,17 +71,6 @@ def _device(name: str) -> dict[str, Any]:
     module = getattr(torch, name)
     count = module.device_count()
     return {"usable": True, "count": count, "detail": f": {count} x {module.get_device_name(0)}"}
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory() -> dict[str, int] | None:
