@@ -1,7 +1,7 @@
 """How many prompt tokens a step may compute beside decoding: so many that no one who reads along sees it stall.
 
 A step that decodes d sequences beside p prompt tokens takes about a + b d + c p seconds. The three are fitted to the
-steps that were, each weighted by its own time, the latest most. Steps of either kind, with prompt tokens and without,
+steps that were, as a share of what each was expected to take, the latest most. Steps of either kind, with prompt tokens and without,
 fade only as others of their kind come: hours of plain decoding don't make it forget what a prompt's token takes.
 """
 
@@ -36,11 +36,11 @@ class ChunkBudget:
         """A step decoded `decoding` sequences beside `tokens` prompt tokens in `seconds`."""
         step = (1.0, float(decoding), float(tokens))
         expected = sum(value * x for value, x in zip(self._fit, step, strict=True))
-        if expected > 0:
-            seconds = min(seconds, _HICCUP * expected)
-        if seconds <= 0:
+        if expected <= 0:
+            expected = seconds
+        if expected <= 0:
             return
-        equation = [x / seconds for x in step] + [1.0]
+        equation = [x / expected for x in (*step, min(seconds, _HICCUP * expected))]
         sums = self._sums[tokens > 0]
         for row, x in zip(sums, equation, strict=False):
             for k, y in enumerate(equation):
