@@ -1,8 +1,9 @@
 """How many prompt tokens a step may compute beside decoding: so many that no one who reads along sees it stall.
 
 A step that decodes d sequences beside p prompt tokens takes about a + b d + c p seconds. The three are fitted to the
-steps that were, as a share of what each was expected to take, the latest most. Steps of either kind, with prompt tokens and without,
-fade only as others of their kind come: hours of plain decoding don't make it forget what a prompt's token takes.
+steps that were, as a share of what each was expected to take, the latest most. Steps of either kind, with prompt
+tokens and without, fade only as others of their kind come: hours of plain decoding don't make it forget what a
+prompt's token takes.
 """
 
 from __future__ import annotations
