@@ -13,16 +13,20 @@ from typing import Any
 
 from upwell.bench.record import quantile
 from upwell.engine import Delta, Engine, SamplingParams
+from upwell.engine.budget import LEAST
 from upwell.model import Transformer
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests of mixed lengths: prompts and completions, drawn evenly on a logarithmic scale between two bounds."""
+    """Requests of mixed lengths: prompts and completions, drawn evenly on a logarithmic scale between two bounds.
+
+    The default is the shape of a chat: on average 143 tokens in and 108 out.
+    """
 
     requests: int = 64
-    prompt: tuple[int, int] = (16, 1024)
-    output: tuple[int, int] = (16, 128)
+    prompt: tuple[int, int] = (16, 512)
+    output: tuple[int, int] = (32, 256)
     joining: int = 4096  # tokens of the prompt that joins; 0 leaves that part out
     readers: int = 8  # who decode when it does
     seed: int = 0
@@ -62,26 +66,29 @@ def serve(model: Transformer, load: Load, rounds: int, report: Callable[[str], N
 
     work = [(prompt(length(*load.prompt)), length(*load.output)) for _ in range(load.requests)]
     tokens = sum(output for _, output in work)
-    space = max(len(p) + o for p, o in work) * min(load.requests, 64) + 2 * (load.joining + 1024)
+    space = max(len(p) + o for p, o in work) * min(load.requests, 64) + 4 * (load.joining + 1024)
     speeds: dict[str, list[float]] = {"one after another": [], "together": []}
+    cpu: dict[str, list[float]] = {name: [] for name in speeds}
     together: list[Reader] = []
     _all_at_once(_engine(model, space), work[:2])  # warms up
     for round_ in range(rounds):
         report(f"round {round_ + 1} of {rounds}")
-        engine = _engine(model, space)
-        began = time.perf_counter()
-        for item in work:
-            _all_at_once(engine, [item])
-        speeds["one after another"].append(tokens / (time.perf_counter() - began))
-        began = time.perf_counter()
-        together = _all_at_once(_engine(model, space), work)
-        speeds["together"].append(tokens / (time.perf_counter() - began))
+        for name in speeds:
+            engine = _engine(model, space)
+            began, began_cpu = time.perf_counter(), time.process_time()
+            together = [
+                reader for part in ([work] if name == "together" else [[item] for item in work])
+                for reader in _all_at_once(engine, part)
+            ]  # fmt: skip
+            speeds[name].append(tokens / (time.perf_counter() - began))
+            cpu[name].append(time.process_time() - began_cpu)
     rows: list[dict[str, Any]] = [
         {"name": name, "requests": load.requests, "tokens": tokens, "samples": samples,
-         "tokens_per_second": statistics.median(samples)}
+         "tokens_per_second": statistics.median(samples), "cpu_seconds": cpu[name]}
         for name, samples in speeds.items()
     ]  # fmt: skip
-    rows[1]["ratio"] = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+    rows[1]["ratios"] = [b / a for a, b in zip(*speeds.values(), strict=True)]
+    rows[1]["ratio"] = statistics.median(rows[1]["ratios"])
     rows.append(_times("time to first token", [r.times[0] - r.submitted for r in together]))
     rows.append(_times("between tokens", [gap for r in together for gap in r.gaps]))
     if load.joining:
@@ -92,9 +99,7 @@ def serve(model: Transformer, load: Load, rounds: int, report: Callable[[str], N
 
 def _engine(model: Transformer, tokens: int) -> Engine:
     # Random prompts share no prefix; speculation has a benchmark of its own.
-    return Engine(
-        model, max_num_seqs=64, cache_tokens=tokens, enable_prefix_caching=False, speculative_tokens=0
-    )
+    return Engine(model, max_num_seqs=64, cache_tokens=tokens, enable_prefix_caching=False, speculative_tokens=0)
 
 
 def _submit(engine: Engine, prompt: list[int], output: int) -> Reader:
@@ -118,19 +123,21 @@ def _joining(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Gaps of those who decode, before a long prompt is there and until its first token."""
     engine = _engine(model, space)
-    readers = [_submit(engine, prompt(load.prompt[0]), 512) for _ in range(load.readers)]
+    steps = 64 + load.joining // LEAST + 64  # before, the slowest way through the long prompt, and some more
+    readers = [_submit(engine, prompt(load.prompt[0]), steps) for _ in range(load.readers)]
     while min(len(r.times) for r in readers) < 64:
         engine.step()
     known = [len(r.gaps) for r in readers]
     before = [gap for r in readers for gap in r.gaps[16:]]
     joined = _submit(engine, prompt(load.joining), 1)
-    while not joined.times and not any(r.finished for r in readers):
+    while not joined.times:
         engine.step()
     during = [gap for r, n in zip(readers, known, strict=True) for gap in r.gaps[n:]]
     while engine.has_work:
         engine.step()
     rows = [_times("between tokens, before", before), _times("between tokens, while it joins", during)]
     rows[1]["p99_over_median_before"] = rows[1]["p99"] / rows[0]["p50"]
+    rows[1]["p99_over_median"] = rows[1]["p99"] / rows[1]["p50"]
     rows[1]["first_token_of_joining"] = joined.times[0] - joined.submitted
     return rows
 
