@@ -30,12 +30,14 @@ class Load:
     joining: int = 4096  # tokens of the prompt that joins; 0 leaves that part out
     readers: int = 8  # who decode when it does
     seed: int = 0
+    clock: Callable[[], float] = time.perf_counter  # or time.thread_time, where others use the machine too
 
 
 @dataclass
 class Reader:
-    """When one request's tokens came."""
+    """When one request's tokens came, by `clock`."""
 
+    clock: Callable[[], float]
     submitted: float = 0.0
     times: list[float] = field(default_factory=list)
     finished: bool = False
@@ -43,7 +45,7 @@ class Reader:
     def sink(self, delta: Delta) -> None:
         if delta.error is not None:
             raise delta.error
-        now = time.perf_counter()
+        now = self.clock()
         self.times += [now] * len(delta.token_ids)
         self.finished = delta.finish_reason is not None
 
@@ -68,23 +70,21 @@ def serve(model: Transformer, load: Load, rounds: int, report: Callable[[str], N
     tokens = sum(output for _, output in work)
     space = max(len(p) + o for p, o in work) * min(load.requests, 64) + 4 * (load.joining + 1024)
     speeds: dict[str, list[float]] = {"one after another": [], "together": []}
-    cpu: dict[str, list[float]] = {name: [] for name in speeds}
     together: list[Reader] = []
-    _all_at_once(_engine(model, space), work[:2])  # warms up
+    _all_at_once(_engine(model, space, load), work[:2])  # warms up
     for round_ in range(rounds):
         report(f"round {round_ + 1} of {rounds}")
         for name in speeds:
-            engine = _engine(model, space)
-            began, began_cpu = time.perf_counter(), time.process_time()
+            engine = _engine(model, space, load)
+            began = load.clock()
             together = [
                 reader for part in ([work] if name == "together" else [[item] for item in work])
                 for reader in _all_at_once(engine, part)
             ]  # fmt: skip
-            speeds[name].append(tokens / (time.perf_counter() - began))
-            cpu[name].append(time.process_time() - began_cpu)
+            speeds[name].append(tokens / (load.clock() - began))
     rows: list[dict[str, Any]] = [
         {"name": name, "requests": load.requests, "tokens": tokens, "samples": samples,
-         "tokens_per_second": statistics.median(samples), "cpu_seconds": cpu[name]}
+         "tokens_per_second": statistics.median(samples)}
         for name, samples in speeds.items()
     ]  # fmt: skip
     rows[1]["ratios"] = [b / a for a, b in zip(*speeds.values(), strict=True)]
@@ -97,16 +97,18 @@ def serve(model: Transformer, load: Load, rounds: int, report: Callable[[str], N
     return rows
 
 
-def _engine(model: Transformer, tokens: int) -> Engine:
+def _engine(model: Transformer, tokens: int, load: Load) -> Engine:
     # Random prompts share no prefix; speculation has a benchmark of its own.
-    return Engine(model, max_num_seqs=64, cache_tokens=tokens, enable_prefix_caching=False, speculative_tokens=0)
+    engine = Engine(model, max_num_seqs=64, cache_tokens=tokens, enable_prefix_caching=False, speculative_tokens=0)
+    engine.clock = load.clock
+    return engine
 
 
 def _submit(engine: Engine, prompt: list[int], output: int) -> Reader:
-    reader = Reader()
+    reader = Reader(engine.clock)
     params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
     request = engine.request(prompt, params, reader.sink)
-    reader.submitted = time.perf_counter()
+    reader.submitted = engine.clock()
     engine.add(request)
     return reader
 
@@ -122,7 +124,7 @@ def _joining(
     model: Transformer, space: int, load: Load, prompt: Callable[[int], list[int]]
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Gaps of those who decode, before a long prompt is there and until its first token."""
-    engine = _engine(model, space)
+    engine = _engine(model, space, load)
     steps = 64 + load.joining // LEAST + 64  # before, the slowest way through the long prompt, and some more
     readers = [_submit(engine, prompt(load.prompt[0]), steps) for _ in range(load.readers)]
     while min(len(r.times) for r in readers) < 64:
