@@ -60,6 +60,17 @@ struct Sequence {  // `length` new tokens of one sequence; its rows in the flat 
   const int64_t* table;
 };
 
+// What a call does of each layer. Ranks that share a model stop between them to exchange what they have.
+enum Parts : int64_t {
+  kEnterAttention = 1,  // streams -> x, post, comb
+  kAttention = 2,       // x -> y, by the heads that are here
+  kLeaveAttention = 4,  // y, post, comb -> streams
+  kEnterExperts = 8,
+  kExperts = 16,  // x -> y, by the routed and shared experts' parts that are here
+  kLeaveExperts = 32,
+  kAllParts = 63,
+};
+
 struct Call {
   const Model* model;
   const Layer* layers;
@@ -72,6 +83,10 @@ struct Call {
   float* workspace;
   int64_t workspace_floats;
   int32_t* picks;  // null, or [layers, tokens, topk] for the indexer's selections (tests)
+  int64_t* load;   // null, or [layers, experts]: pairs of token and expert, counted on
+  int64_t parts;   // 0: all. Otherwise of these tokens, with the buffers below in place of the workspace's
+  float *x, *y;        // [tokens, D]
+  float *post, *comb;  // [tokens, h], [tokens, h, h]
 };
 
 struct ProductCall {  // out [tokens, m.rows] = x [tokens, m.cols] m^T

@@ -10,8 +10,10 @@ them. In the rings they took the places of old tokens that are still needed: tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,8 @@ class KVCache:
         self.layers = [LayerCache(config, r, blocks, slots, dtype, where) for r in config.compress_ratios]
         self.mtp = [LayerCache(config, 0, 0, slots, dtype, where) for _ in range(config.num_nextn_predict_layers)]
         self._rings = self._stack_rings()
+        # What changes the cache outside a forward is told before it is done, so that other ranks do it too.
+        self.tell: Callable[[str, dict[str, Any], tuple[Tensor, ...]], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +86,7 @@ class KVCache:
     def save(self, slots: list[int], positions: list[int]) -> SavedRings:
         """What the rings hold where tokens at these positions of these slots (pairs) will go. As many positions of a
         slot as its shortest ring has places (2 * csa_ratio), at most."""
+        self.told("save", {"slots": slots, "positions": positions})
         at = torch.tensor(slots, device=self._rings[0].device), torch.tensor(positions, device=self._rings[0].device)
         return SavedRings(*at, [ring[:, at[0], at[1] % ring.shape[2]] for ring in self._rings])
 
@@ -89,9 +94,14 @@ class KVCache:
         """Put back the saved pairs numbered `which`."""
         if not which:
             return
+        self.told("restore", {"which": which})
         slots, positions = saved.slots[which], saved.positions[which]
         for ring, rows in zip(self._rings, saved.rows, strict=True):
             ring[:, slots, positions % ring.shape[2]] = rows[:, which]
+
+    def told(self, name: str, values: dict[str, Any], *tensors: Tensor) -> None:
+        if self.tell is not None:
+            self.tell(name, values, tensors)
 
     def _stack_rings(self) -> list[Tensor]:
         """Lay rings of one shape behind each other, [n, slots, ring, width], so that one call saves them all."""
