@@ -14,11 +14,15 @@ import torch.distributed as dist
 from upwell.checkpoint.load import load_part
 from upwell.config import ModelConfig
 from upwell.devices.collectives import Group
+from upwell.devices.control import Follow, Lead
+from upwell.engine import LLM
+from upwell.engine.ranks import Follower
 from upwell.model.parallel import ParallelTransformer, Ranks
 from upwell.model.placement import Placement
 from upwell.model.sharding import Shard
 
 T = TypeVar("T")
+Models = list[ParallelTransformer]
 
 
 def process_group(store: dist.Store, name: str, rank: int, size: int) -> Any:
@@ -61,11 +65,30 @@ class Threads:
     def ranks(self, rank: int, config: ModelConfig, placement: dict[str, Placement] | None = None) -> Ranks:
         return Ranks(Shard(config, rank, self.tp, self.ep, placement or {}), *self._groups[rank])
 
-    def load(self, path: Path, placement: dict[str, Placement] | None = None, **options: Any) -> list[ParallelTransformer]:
+    def load(self, path: Path, placement: dict[str, Placement] | None = None, **options: Any) -> Models:
         return [
             load_part(path, lambda config, r=r: self.ranks(r, config, placement), **options)  # type: ignore[misc]
             for r in range(self.world)
         ]
+
+    def llm(self, path: Path, placement: dict[str, Placement] | None = None, **options: Any) -> LLM:
+        """Rank 0's LLM; the other ranks follow it over its lines, as processes do."""
+        models = self.load(path, placement, dtype=torch.float32)
+        lead = Lead(self.world)
+        address = lead.listen("127.0.0.1")
+
+        def one(rank: int) -> None:
+            follower = Follower(Follow(address, rank, ended=lambda: None), self._store, rank)
+            follower.model = models[rank]
+            follower.serve()
+
+        for rank in range(1, self.world):
+            threading.Thread(target=one, args=(rank,), daemon=True).start()
+        lead.accept(60, lambda: None)
+        models[0].lead = lead
+        llm = LLM.from_model(models[0], None, **options)
+        llm.engine.at_close.append(lead.close)
+        return llm
 
     def _join(self, rank: int) -> tuple[Group, Group]:
         world, heads = Group(rank, self.world), Group(rank % self.tp, self.tp)

@@ -32,7 +32,7 @@ def add_speculation_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes with a part of the model each, on cards or a CPU's cores")
-    group.add_argument("--tp", type=int, default=1, metavar="N", help="split heads and inner widths N ways (default: 1)")
+    group.add_argument("--tp", type=int, default=1, metavar="N", help="split heads and widths N ways (default: 1)")
     group.add_argument("--ep", type=int, default=1, metavar="N", help="keep experts whole, on N ranks (default: 1)")
     group.add_argument("--expert-load", type=Path, metavar="FILE",
                        help="place experts by the load it tells, and add what is counted now")  # fmt: skip

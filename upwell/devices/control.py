@@ -6,6 +6,7 @@ however it dies, closes its line, which the other end learns at once.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -71,10 +72,8 @@ class Line:
         return Message(name, values, tensors)
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
     def _read(self, size: int) -> bytearray:
@@ -186,10 +185,8 @@ class Lead:
         """Let the followers end; nothing is told any more."""
         if not self._closing and self.error is None:
             self._closing = True
-            try:
+            with contextlib.suppress(RankError):
                 self.tell("stop", {})
-            except RankError:
-                pass
         self._closing = True
         for line in self._lines.values():
             line.close()
@@ -238,10 +235,8 @@ class Follow:
 
     def fail(self, what: str) -> None:
         """Tell rank 0 why this rank ends."""
-        try:
+        with contextlib.suppress(OSError):
             self._line.send(*Message("failed", {"what": what}, []).encode())
-        except OSError:
-            pass
 
     def close(self) -> None:
         self._line.close()

@@ -140,12 +140,10 @@ class Job:
                     "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
                 }  # fmt: skip
                 environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **own}
-                self._children.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "upwell.engine.ranks"], env=environment, stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL, start_new_session=True,
-                    )  # fmt: skip
-                )
+                command = [sys.executable, "-m", "upwell.engine.ranks"]
+                null = subprocess.DEVNULL
+                child = subprocess.Popen(command, env=environment, stdin=null, stdout=null, start_new_session=True)
+                self._children.append(child)
         self.lead.accept(START_SECONDS, self._check_children)
         return store
 
@@ -155,7 +153,7 @@ class Job:
                 raise RankError(f"rank {rank} of {self.sharing.world} ended at its start, with {child.returncode}")
 
 
-class _Follower:
+class Follower:
     """A rank that repeats what rank 0 does. Each method is a message's name."""
 
     def __init__(self, line: Follow, store: dist.Store, rank: int) -> None:
@@ -164,6 +162,12 @@ class _Follower:
         self.cache: KVCache
         self.saved: SavedRings
         self.kind = "cpu"
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """Until rank 0 says stop."""
+        while (message := self.line.receive()).name != "stop":
+            getattr(self, message.name)(message)
 
     def load(self, m: Message) -> None:
         self.kind = m.values["kind"]
@@ -236,11 +240,8 @@ def follow() -> int:
     else:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS))))
         line = Follow(store.get(_LEADER).decode(), rank)
-    follower = _Follower(line, store, rank)
     try:
-        with torch.inference_mode():
-            while (message := line.receive()).name != "stop":
-                getattr(follower, message.name)(message)
+        Follower(line, store, rank).serve()
     except RankError:
         time.sleep(30)  # another rank has ended: rank 0 knows, and closes the line
         return 1

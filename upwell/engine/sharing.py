@@ -43,7 +43,7 @@ def open_model(
     if ranks.launched() > 1 and tp == ep == 1:
         tp = ranks.launched()
     if redundant and (ep == 1 or load is None):
-        raise InputError(f"redundant_experts is {redundant}, which needs ep above 1 and an expert_load file to place by")
+        raise InputError(f"redundant_experts is {redundant}, without ep above 1 and an expert_load file to place by")
     if redundant < 0:
         raise InputError(f"redundant_experts is {redundant}, must be at least 0")
     counted = None

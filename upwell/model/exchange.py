@@ -46,7 +46,8 @@ class Places:
 
 
 def compute_own(compute: Experts, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """The sum of the own experts of each token: x [T, D], places [T, k] (-1: not here), weights [T, k] -> [T, D] FP32."""
+    """The sum of each token's experts that are here: x [T, D], places [T, k] (-1: not here), weights [T, k] -> [T, D],
+    FP32."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     token, column = (places >= 0).nonzero(as_tuple=True)
     if token.numel():

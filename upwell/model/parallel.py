@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -266,7 +267,8 @@ class ParallelTransformer(Transformer):
         padded = nn.functional.pad(logits, (0, widest - logits.shape[1]))
         parts = world.all_gather(padded.t().contiguous()).view(world.size, widest, -1)
         bounds = [vocab * r // world.size for r in range(world.size + 1)]
-        return torch.cat([part[: b - a] for part, a, b in zip(parts, bounds, bounds[1:], strict=False)]).t().contiguous()
+        own = [part[: b - a] for part, (a, b) in zip(parts, pairwise(bounds), strict=True)]
+        return torch.cat(own).t().contiguous()
 
 
 def _values(step: Step | None) -> dict[str, Any]:

@@ -144,8 +144,8 @@ class Shard:
         if name not in ("wo_a.weight", "wo_b.weight"):
             return None
         sharing = max(1, self.tp // c.o_groups)  # ranks that have the same group
-        groups = (part // sharing * max(1, c.o_groups // self.tp), (part // sharing + 1) * max(1, c.o_groups // self.tp))
-        latent = (groups[0] * c.o_lora_rank, groups[1] * c.o_lora_rank)
+        width = max(1, c.o_groups // self.tp) * c.o_lora_rank
+        latent = (part // sharing * width, (part // sharing + 1) * width)
         if name == "wo_b.weight":
             return Cut(cols=latent)
         width = c.num_attention_heads * c.head_dim // c.o_groups
