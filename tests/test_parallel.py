@@ -224,7 +224,7 @@ def test_a_skewed_load_is_placed_evenly() -> None:
     mean = sum(load) / 8
     assert max(rank_loads(contiguous(64, 8), load)) / mean > 4
     by_load = rank_loads(place(load, 8), load)
-    assert max(by_load) / mean < 1.75  # one expert is more than a rank's share
+    assert max(by_load) / mean < 2  # one expert alone is 1.7 ranks' share
     with_copies = place(load, 8, extra=16)
     assert max(rank_loads(with_copies, load)) / mean < 1.02
     assert all(len(own) == len(set(own)) == 10 for own in with_copies)

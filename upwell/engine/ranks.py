@@ -142,7 +142,7 @@ class Job:
                 environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **own}
                 command = [sys.executable, "-m", "upwell.engine.ranks"]
                 null = subprocess.DEVNULL
-                child = subprocess.Popen(command, env=environment, stdin=null, stdout=null, start_new_session=True)
+                child = subprocess.Popen(command, env=environment, stdin=null, stdout=null)
                 self._children.append(child)
         self.lead.accept(START_SECONDS, self._check_children)
         return store
