@@ -73,8 +73,9 @@ def test_a_dead_rank_ends_the_server_with_one_line_and_503() -> None:
         assert found, server.stderr.read()
         url = found[1]
         body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
-        short = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
-        assert short["choices"][0]["text"] == single(12)
+        short = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+        assert short.status_code == 200, short.text
+        assert short.json()["choices"][0]["text"] == single(12)
         (follower,) = children(server)
         replies: list[httpx.Response] = []
         long = {**body, "max_tokens": 20000}

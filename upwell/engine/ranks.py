@@ -39,6 +39,7 @@ from upwell.ops import native
 START_SECONDS = 300.0  # a process has to come
 COLLECTIVE_SECONDS = 600.0  # an exchange may wait for a rank that is slower
 _LEADER = "UPWELL_LEADER"  # in a follower's environment: where rank 0 listens
+_MAKES_TENSORS = ("load", "new_cache", "count_experts")  # that outlive the message
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -163,11 +164,11 @@ class Follower:
         self.saved: SavedRings
         self.kind = "cpu"
 
-    @torch.inference_mode()
     def serve(self) -> None:
         """Until rank 0 says stop."""
         while (message := self.line.receive()).name != "stop":
-            getattr(self, message.name)(message)
+            with torch.inference_mode(message.name not in _MAKES_TENSORS):
+                getattr(self, message.name)(message)
 
     def load(self, m: Message) -> None:
         self.kind = m.values["kind"]
