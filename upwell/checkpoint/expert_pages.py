@@ -62,8 +62,8 @@ class ExpertPages:
         self.slots = min(memory // self.slot_bytes, len(self._extents))
         if self.slots < per_token:
             raise InputError(
-                f"expert_memory is {memory:,} bytes, but a token takes {per_token} experts of {self.slot_bytes:,} at once",
-                f"give at least {per_token * self.slot_bytes / 2**20:.0f}MiB",
+                f"expert_memory is {memory:,} bytes, a token takes {per_token} experts of {self.slot_bytes:,} at once",
+                f"give at least {-(-per_token * self.slot_bytes // 2**20)}MiB",
             )
         size = self.slots * self.slot_bytes
         if size > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from upwell.checkpoint.shards import Stored
 PAGE = 4096  # what direct reads are aligned to: places in files, lengths, memory
 PIECE = 4 << 20  # bytes of one read
 THREADS = 4  # reads at once
-_GAP = 64 << 10  # bytes between two tensors that are cheaper to read than a second request
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +44,17 @@ class Extent:
 
     @staticmethod
     def of(tensors: list[Stored]) -> Extent:
-        """Neighbours in a file are read together."""
+        """Neighbours in a file, a page apart at most, are read together."""
         spans: list[list[Stored]] = []
         for tensor in sorted(tensors, key=lambda t: (str(t.file), t.start)):
             last = spans[-1][-1] if spans else None
-            if last is not None and last.file == tensor.file and tensor.start - last.end <= _GAP:
+            if last is not None and last.file == tensor.file and tensor.start - last.end <= PAGE:
                 spans[-1].append(tensor)
             else:
                 spans.append([tensor])
-        runs, places, at = [], {}, 0
+        runs: list[Run] = []
+        places: dict[int, int] = {}
+        at = 0
         for span in spans:
             start, end = span[0].start // PAGE * PAGE, max(t.end for t in span)
             length = -(-(end - start) // PAGE) * PAGE
@@ -61,6 +62,14 @@ class Extent:
             places |= {id(t): at + t.start - start for t in span}
             at += length
         return Extent(tuple(runs), tuple(places[id(t)] for t in tensors), at)
+
+
+def _pieces(run: Run, at: int) -> Iterator[Run]:
+    """A run cut into even parts of at most PIECE, for memory[at:]."""
+    parts = -(-run.length // PIECE)
+    size = -(-run.length // parts // PAGE) * PAGE
+    for cut in range(0, run.length, size):
+        yield Run(run.file, run.start + cut, min(size, run.length - cut), at + run.at + cut, run.needed - cut)
 
 
 @dataclass(eq=False, slots=True)
@@ -94,11 +103,7 @@ class Readers:
 
     def submit(self, key: int, extent: Extent, at: int, urgent: bool) -> Load:
         """Read an expert to memory[at:]. Under the lock, as all methods."""
-        pieces = deque(
-            Run(run.file, run.start + cut, min(PIECE, run.length - cut), at + run.at + cut, run.needed - cut)
-            for run in extent.runs
-            for cut in range(0, run.length, PIECE)
-        )
+        pieces = deque(piece for run in extent.runs for piece in _pieces(run, at))
         load = Load(key, at, pieces, len(pieces), urgent=urgent)
         (self._urgent if urgent else self._later).append(load)
         self._work.notify_all()

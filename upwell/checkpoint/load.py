@@ -44,6 +44,8 @@ DTYPES = {
     "I64": torch.int64,
 }
 
+_LINE = 64
+
 
 def load_model(
     path: str | os.PathLike[str],
@@ -55,8 +57,8 @@ def load_model(
     """The model of a checkpoint directory, in official or transformers' names, ready for inference.
 
     dtype: float32 or bfloat16 for activations and unquantized weights; None takes the checkpoint's own. Norms, mHC,
-    sinks, position biases and routing biases are FP32 always. `offload`: where the routed experts stay. Everything is checked before anything large is
-    allocated: raises CheckpointError or ConfigError, one line naming file and tensor.
+    sinks, position biases and routing biases are FP32 always. `offload`: where the routed experts stay. Everything
+    is checked before anything large is allocated: raises CheckpointError or ConfigError, naming file and tensor.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise InputError(f"dtype {dtype} isn't supported", "use torch.float32 or torch.bfloat16")
@@ -90,8 +92,11 @@ class ReadFiles(MappedFiles):
     """Tensors in memory of their own, for a process whose memory is counted: a mapping would count whole files."""
 
     def tensor(self, stored: Stored) -> Tensor:
-        out = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        raw = out.view(-1).view(torch.uint8).numpy()
+        dtype = DTYPES[stored.dtype]
+        # As far from a cache line's start as in the mapping: a BLAS library's sums may depend on it, in the last bits.
+        skew = 0 if stored.start % dtype.itemsize else stored.start % _LINE
+        own = torch.empty(stored.nbytes + _LINE, dtype=torch.uint8)[skew : skew + stored.nbytes]
+        raw = own.numpy()
         with stored.file.open("rb", buffering=0) as stream:
             done = 0
             while done < stored.nbytes:
@@ -100,7 +105,7 @@ class ReadFiles(MappedFiles):
                     raise CheckpointError(f"{stored} is cut off", "download this shard again")
                 done += got
             os.posix_fadvise(stream.fileno(), stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
-        return out
+        return own.view(dtype).view(stored.shape)
 
 
 class _Filler:
@@ -146,17 +151,14 @@ class _Filler:
         self.device, self.decodes = device, decodes
 
     def _page_experts(self, offload: Offload) -> None:
-        for layer, parts in self.plan.experts.items():
-            for tensor, scale in parts["w1"][:1]:
-                if scale is None or scale.dtype == "F32":
-                    raise InputError(
-                        f"{tensor}: experts of {tensor.dtype} can't be paged from disk, only FP4 and FP8 ones",
-                        "take the official checkpoint, or offload experts=host",
-                    )
-        if self.plan.stacked:
-            stack = next(iter(self.plan.stacked.values()))[0]
+        dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
+        for parts in self.plan.experts.values():
+            tensor, scale = parts["w1"][0]
+            if scale is None or scale.dtype == "F32":
+                dense.append((tensor, f"experts of {tensor.dtype}"))
+        for tensor, what in dense:
             raise InputError(
-                f"{stack}: stacked experts can't be paged from disk, only FP4 and FP8 ones",
+                f"{tensor}: {what} can't be paged from disk, only FP4 and FP8 ones",
                 "take the official checkpoint, or offload experts=host",
             )
         assert offload.memory is not None

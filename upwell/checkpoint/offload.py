@@ -1,4 +1,4 @@
-"""Where routed experts live when the model's device is too small for them: what the user asked for, checked. No torch."""
+"""Where routed experts live when a device is too small for them: what the user asked for, checked. No torch."""
 
 from __future__ import annotations
 

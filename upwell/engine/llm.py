@@ -38,8 +38,8 @@ def nano_path() -> Path:
 class LLM:
     """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
 
-    offload "experts=host" leaves the routed experts in host memory, computed there; "experts=disk" pages them in, with at
-    most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
+    offload "experts=host" leaves the routed experts in host memory, computed there; "experts=disk" pages them in, with
+    at most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
     dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
     `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
     """
