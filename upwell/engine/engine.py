@@ -255,9 +255,11 @@ class Engine:
             self._fail(sequence, error)
 
     def close(self) -> None:
-        """Finish writing the prefix cache to disk. The engine isn't used after it."""
+        """Finish writing what is kept on disk: prefixes, experts' use. The engine isn't used after it."""
         if self.prefix is not None:
             self.prefix.close()
+        if self.runner.model.pages is not None:
+            self.runner.model.pages.close()
 
     def _expire(self) -> None:
         late = [r for r in self._requests if r.deadline is not None and r.deadline <= time.monotonic()]
