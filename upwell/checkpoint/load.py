@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from upwell.checkpoint.expert_pages import ExpertPages
 from upwell.checkpoint.geometry import Kind
 from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
+from upwell.checkpoint.offload import Offload
 from upwell.checkpoint.parts import part_of
 from upwell.checkpoint.shards import Stored
 from upwell.config import ModelConfig, Numerics
 from upwell.devices import npu
-from upwell.errors import InputError
+from upwell.errors import CheckpointError, InputError
 from upwell.model import Transformer
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts
+from upwell.model.offload import HostExperts, PagedLayer
 from upwell.model.parallel import ParallelTransformer, Ranks
 from upwell.model.sharding import Cut, Shard
 from upwell.ops.linear import dense_weight
@@ -42,23 +47,26 @@ DTYPES = {
     "I64": torch.int64,
 }
 
+_LINE = 64
+
 
 def load_model(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     numerics: Numerics = "exact",
+    offload: Offload | None = None,
 ) -> Transformer:
     """The model of a checkpoint directory, in official or transformers' names, ready for inference.
 
     dtype: float32 or bfloat16 for activations and unquantized weights; None takes the checkpoint's own. Norms, mHC,
-    sinks, position biases and routing biases are FP32 always. Everything is checked before anything large is
-    allocated: raises CheckpointError or ConfigError, one line naming file and tensor.
+    sinks, position biases and routing biases are FP32 always. `offload`: where the routed experts stay. Everything
+    is checked before anything large is allocated: raises CheckpointError or ConfigError, naming file and tensor.
     """
     plan = _plan(path, dtype)
     with torch.device("meta"):
         model = Transformer(plan.config, numerics)
-    _Filler(model, plan, dtype, torch.device(device)).fill()
+    _Filler(model, plan, dtype, torch.device(device), offload).fill()
     return model.eval()
 
 
@@ -77,7 +85,7 @@ def load_part(
     own = ranks(plan.config)
     with torch.device("meta"):
         model = ParallelTransformer(plan.config, own, numerics)
-    _Filler(model, plan, dtype, torch.device(device), own.shard).fill()
+    _Filler(model, plan, dtype, torch.device(device), None, own.shard).fill()
     return model.eval()
 
 
@@ -100,39 +108,104 @@ class MappedFiles:
                 mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
             self._bytes[stored.file] = torch.frombuffer(mapping, dtype=torch.uint8)
         raw = self._bytes[stored.file][stored.start : stored.end]
-        dtype = self.dtype_of(stored)
+        dtype = DTYPES[stored.dtype]
         if stored.start % dtype.itemsize:
             raw = raw.clone()
         return raw.view(dtype).view(stored.shape)
 
-    @staticmethod
-    def dtype_of(stored: Stored) -> torch.dtype:
-        return DTYPES[stored.dtype]
+
+class ReadFiles(MappedFiles):
+    """Tensors in memory of their own, for a process whose memory is counted: a mapping would count whole files."""
+
+    def tensor(self, stored: Stored) -> Tensor:
+        dtype = DTYPES[stored.dtype]
+        # As far from a cache line's start as in the mapping: a BLAS library's sums may depend on it, in the last bits.
+        skew = 0 if stored.start % dtype.itemsize else stored.start % _LINE
+        own = torch.empty(stored.nbytes + _LINE, dtype=torch.uint8)[skew : skew + stored.nbytes]
+        raw = own.numpy()
+        with stored.file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < stored.nbytes:
+                got = os.preadv(stream.fileno(), [raw[done:]], stored.start + done)
+                if not got:
+                    raise CheckpointError(f"{stored} is cut off", "download this shard again")
+                done += got
+            os.posix_fadvise(stream.fileno(), stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
+        return own.view(dtype).view(stored.shape)
 
 
 class _Filler:
     """Puts a plan's tensors, or a rank's part of them, into a model that was built on the meta device."""
 
     def __init__(
-        self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device,
+        self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device, offload: Offload | None,
         shard: Shard | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.plan, self.device = model, plan, device
+        self.model, self.plan, self.device, self.offload = model, plan, device, offload
         self.shard = shard or Shard(plan.config)
         self.official = model.numerics == "official"
-        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not INT8
-        self.files = MappedFiles()
+        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not integers
+        self.files = ReadFiles() if offload is not None and offload.experts == "disk" else MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
 
     def fill(self) -> None:
         for slot, weight in self.plan.single:
             self._set_tensor(from_official(slot.name), slot.kind, weight, self.shard.cut(slot.name))
+        if self.offload is None:
+            self._fill_experts()
+        elif self.offload.experts == "disk":
+            self._page_experts(self.offload)
+        else:
+            with self._on_host():
+                self._fill_experts()
+        if self.offload is not None and self.device.type != "cpu":
+            for layer in (*self.plan.stacked, *self.plan.experts):
+                self._send_away(self._experts(layer))
+        self._set_frequencies()
+
+    def _fill_experts(self) -> None:
         for layer, (w13, w2) in self.plan.stacked.items():
             self._set_stacks(self._experts(layer), self._held(layer), w13, w2)
         for layer, parts in self.plan.experts.items():
             self._set_experts(self._experts(layer), self._held(layer), parts)
-        self._set_frequencies()
+
+    @contextmanager
+    def _on_host(self) -> Iterator[None]:
+        device, decodes = self.device, self.decodes
+        self.device, self.decodes = torch.device("cpu"), False
+        yield
+        self.device, self.decodes = device, decodes
+
+    def _page_experts(self, offload: Offload) -> None:
+        dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
+        for parts in self.plan.experts.values():
+            tensor, scale = parts["w1"][0]
+            if scale is None or scale.dtype == "F32":
+                dense.append((tensor, f"experts of {tensor.dtype}"))
+        for tensor, what in dense:
+            raise InputError(
+                f"{tensor}: {what} can't be paged from disk, only FP4 and FP8 ones",
+                "take the official checkpoint, or offload experts=host",
+            )
+        assert offload.memory is not None
+        pages = ExpertPages(
+            list(self.plan.experts.values()), offload.memory, self.plan.config.num_experts_per_tok, offload.usage
+        )
+        self.model.pages = pages
+        for i, layer in enumerate(self.plan.experts):
+            module = self._experts(layer)
+            module.page(PagedLayer(pages, i))
+            module.quantize_input = self.official
+
+    def _send_away(self, module: Experts) -> None:
+        """The module that holds the experts stays on the host; the model's own hands over to it."""
+        held = copy(module)
+        held._parameters, held._buffers = dict(module._parameters), dict(module._buffers)
+        for name in module._buffers:
+            module._buffers[name] = None
+        module.packed = module.paged = None
+        module.send_away(HostExperts(held), self.device)
 
     def _held(self, layer: str) -> tuple[int, ...]:
         """The experts that are here, of `layers.0.ffn.experts`."""
@@ -151,7 +224,7 @@ class _Filler:
                 module.weight = self._parameter(dense_weight(stored, own_scale, self.dtype).to(self.device))
                 return
             module.weight, module.scale = nn.Parameter(stored.to(self.device), False), own_scale.to(self.device)
-            module.quantize_input &= scale.dtype != "F32"  # INT8 weights round their input themselves
+            module.quantize_input &= scale.dtype != "F32"  # integer weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
@@ -190,7 +263,7 @@ class _Filler:
             cuts = {"w1": rows, "w2": Cut(cols=self.shard.inter), "w3": rows}
         scale = parts["w1"][0][1]
         if scale is not None and scale.dtype == "F32":
-            self._set_int8_experts(module, held, parts, cuts)
+            self._set_integer_experts(module, held, parts, cuts)
             return
         if scale is not None and not self.decodes:
             module.pack([{leaf: self._packed(parts[leaf][e], cuts[leaf]) for leaf in cuts} for e in held])
@@ -206,14 +279,17 @@ class _Filler:
             w2[place] = self._decoded(parts["w2"][e], cuts["w2"])
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
 
-    def _set_int8_experts(
+    def _set_integer_experts(
         self, module: Experts, held: tuple[int, ...], parts: dict[str, list[Weight]], cuts: dict[str, Cut | None]
     ) -> None:
-        """INT8 weights and their rows' scales, stacked as grouped products take them."""
+        """INT8 or INT4 weights and their scales, stacked as grouped products take them."""
         inter = module.w13.shape[1] // 2
-        shapes = ((module.w13.shape, torch.int8), (module.w2.shape, torch.int8), (module.w13.shape[:2], torch.float32),
-                  (module.w2.shape[:2], torch.float32))  # fmt: skip
-        w13, w2, s13, s2 = (torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
+
+        def stack(leaf: str, rows: int) -> list[Tensor]:
+            first = self._packed(parts[leaf][0], cuts[leaf])
+            return [torch.empty(module.n, rows, *t.shape[1:], dtype=t.dtype, device=self.device) for t in first]
+
+        (w13, s13), (w2, s2) = stack("w1", 2 * inter), stack("w2", module.w2.shape[1])
         for place, e in enumerate(held):
             w13[place, :inter], s13[place, :inter] = self._packed(parts["w1"][e], cuts["w1"])
             w13[place, inter:], s13[place, inter:] = self._packed(parts["w3"][e], cuts["w3"])
@@ -240,8 +316,8 @@ class _Filler:
         stored = self.files.tensor(tensor)
         if scale is None:
             return stored, None
-        if scale.dtype == "F32":
-            stored = stored.view(torch.int8)  # INT8 by rows; an FP4 weight's I8 holds two codes a byte
+        if scale.dtype == "F32" and tensor.dtype == "I8":
+            stored = stored.view(torch.int8)  # INT8; FP4's I8 and INT4's U8 hold two codes a byte
         return stored, self.files.tensor(scale)
 
     def _packed(self, weight: Weight, cut: Cut | None = None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from upwell.config import BLOCK_TOKENS
 from upwell.model.cache import KVCache, LayerCache, Step
-from upwell.ops import native
+from upwell.model.offload import Callbacks
+from upwell.ops import experts_native, native
 from upwell.ops.linear import dense_weight
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
+_GUESSED = 8  # tokens of a call up to which it pays to guess which experts of a layer on disk come next
 _PANELS = 4
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
@@ -56,6 +58,7 @@ class Plan:
     tensors: list[Any]
     copied: list[Tensor]  # those that were copied, and the versions they had
     versions: list[int]
+    callbacks: list[Callbacks]  # of experts that are on disk: all layers', then each MTP block's
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -80,6 +83,7 @@ class _Builder:
         self.formats: set[int] = set()
         self.arena, self.used = torch.empty(0), 0
         self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
+        self.paged: list[Any] = []  # tables of layers whose experts are on disk
 
     def watch(self, module: nn.Module, name: str, copied: bool) -> Tensor:
         owner = module._parameters if name in module._parameters else module._buffers
@@ -133,7 +137,7 @@ class _Builder:
             cols *= 2
         at = None
         if kind >= 2:
-            if scale is None or (kind == 3 and cols % 32):
+            if scale is None or scale.dtype == torch.float32 or (kind == 3 and cols % 32):  # FP32: INT4
                 raise _Unsupported("scale")
             at = self.address(scale.contiguous())
         return native.Matrix(self.address(weight), at, rows, cols, kind)
@@ -144,7 +148,8 @@ class _Builder:
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
         if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
-            return self.raw(dense_weight(weight, scale, torch.float32), None)
+            dense = dense_weight(weight, scale, torch.float32)
+            return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
@@ -164,8 +169,14 @@ class _Builder:
             raise _Unsupported("quantize_input")
         if getattr(moe, "places", None) is not None:
             return None  # computed by the rank that has them, between the kernels' calls
-        if routed.packed is not None:
-            self.watched.append((routed.__dict__, "packed", routed.packed, -1))
+        self.watched += [(routed.__dict__, name, getattr(routed, name), -1) for name in ("packed", "paged")]
+        if routed.paged is not None:
+            sizes = routed.hidden, routed.inter
+            if not experts_native.fits(routed.paged.pages.kind, *sizes):
+                raise _Unsupported("FP4's groups")
+            matrices += list(experts_native.table(routed.paged.pages.kind, routed.n, *sizes))
+            self.formats.add(matrices[0].format)
+        elif routed.packed is not None:
             for expert in routed.packed:
                 matrices += [self.matrix(*expert[name]) for name in ("w1", "w3", "w2")]
         else:
@@ -177,6 +188,8 @@ class _Builder:
         matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
         stored = (native.Matrix * len(matrices))(*matrices)
         self.kept.append(stored)
+        if routed.paged is not None:
+            self.paged.append(stored)
         return cast(stored, POINTER(native.Matrix))
 
     def head(self, shape: native.Model, owner: Any, out: native.Matrix) -> native.HeadCall:
@@ -263,8 +276,14 @@ def _make(model: Transformer) -> Plan | None:
     shape.by_tokens = int(not is_part and build.formats == {_PANELS} and dense <= _CACHED_BYTES)
     owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
     copied = [tensor for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
+    callbacks = []
+    if model.pages is not None:
+        tables, n = build.paged, len(blocks)
+        callbacks = [Callbacks(model.pages, tables[:n], 0)]
+        callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
     return Plan(
-        shape, layers, mtp, head, mtp_heads, build.kept, owners, names, tensors, copied, [v for v in versions if v >= 0]
+        shape, layers, mtp, head, mtp_heads, build.kept, owners, names, tensors, copied,
+        [v for v in versions if v >= 0], callbacks,
     )  # fmt: skip
 
 
@@ -360,21 +379,28 @@ def run_layers(
                 pointer(plan.model), layers, caches, len(layers), piece.sequences, len(piece.sequences), piece.tokens,
                 BLOCK_TOKENS, part_ids.data_ptr(), part.data_ptr(), load=counts,
             )  # fmt: skip
-            run(plan, call)
+            run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
             if not isinstance(piece.rows, slice):
                 streams[piece.rows] = part
     return True
 
 
-def run(plan: Plan, call: native.Call) -> None:
-    """One call, with the plan's workspace."""
+def run(plan: Plan, call: native.Call, paged: Callbacks | None = None) -> None:
+    """One call, with the plan's workspace. paged: where experts are on disk."""
     lib = native.library()
     assert lib is not None
     threads = torch.get_num_threads()
     lib.upwell_set_threads(threads)
     at_call = ctypes.addressof(call)
     call.workspace = plan.room(lib.upwell_workspace_bytes(at_call, threads))
-    lib.upwell_forward(at_call)
+    if paged is None:
+        lib.upwell_forward(at_call)
+        return
+    call.take = paged.take
+    if call.tokens <= _GUESSED:
+        call.expect = paged.expect
+    with paged.called():
+        lib.upwell_forward(at_call)
 
 
 def run_head(plan: Plan, streams: Tensor, vocab: int, mtp: int | None = None) -> Tensor:
