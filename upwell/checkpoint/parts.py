@@ -28,8 +28,12 @@ def part_of(files: MappedFiles, weight: Weight, cut: Cut, dtype: torch.dtype) ->
     tensor, scale = weight
     if scale is None:
         return _slice(files, tensor, cut), None
-    if scale.dtype == "F32":  # INT8: a scale a row
-        return _slice(files, tensor, cut).view(torch.int8), _slice(files, scale, Cut(rows=cut.rows))
+    if scale.dtype == "F32":  # INT8: a scale a row; INT4, two codes a byte: a scale a row, or a group of a row
+        if tensor.dtype == "I8":
+            return _slice(files, tensor, cut).view(torch.int8), _slice(files, scale, Cut(rows=cut.rows))
+        if cut.cols is None:
+            return _slice(files, tensor, cut), _slice(files, scale, cut)
+        raise InputError(f"{tensor}: columns of INT4 aren't split over ranks", "use --ep, which leaves experts whole")
     if tensor.dtype == "F8_E4M3":
         if _begins(cut.rows, FP8_BLOCK, tensor.shape[0]) and _begins(cut.cols, FP8_BLOCK, tensor.shape[1]):
             blocks = Cut(_units(cut.rows, FP8_BLOCK), _units(cut.cols, FP8_BLOCK))
@@ -73,4 +77,4 @@ def _read(files: MappedFiles, stored: Stored) -> Tensor:
     with stored.file.open("rb") as stream:
         stream.seek(stored.start)
         stream.readinto(data)
-    return torch.frombuffer(data, dtype=torch.uint8).view(files.dtype_of(stored)).view(stored.shape)
+    return torch.frombuffer(data, dtype=torch.uint8).view(files.tensor(stored).dtype).view(stored.shape)

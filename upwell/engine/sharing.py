@@ -11,6 +11,7 @@ import torch
 
 from upwell.checkpoint.load import load_model
 from upwell.checkpoint.match import read_config
+from upwell.checkpoint.offload import Offload
 from upwell.config import ModelConfig, Numerics
 from upwell.devices import resolve_device
 from upwell.devices.control import Lead
@@ -37,13 +38,15 @@ def follow_if_told() -> None:
 
 def open_model(
     path: Path, device: str, dtype: torch.dtype | None, numerics: Numerics, tp: int, ep: int, load: Path | None,
-    redundant: int,
+    redundant: int, offload: Offload | None = None,
 ) -> OpenModel:  # fmt: skip
     """What LLM takes, as it says there. Raises InputError."""
     if ranks.launched() > 1 and tp == ep == 1:
         tp = ranks.launched()
     if redundant and (ep == 1 or load is None):
         raise InputError(f"redundant_experts is {redundant}, without ep above 1 and an expert_load file to place by")
+    if offload is not None and max(tp, ep) > 1:
+        raise InputError(f"offload is given with tp {tp} and ep {ep}", "leave one of them out")
     if redundant < 0:
         raise InputError(f"redundant_experts is {redundant}, must be at least 0")
     counted = None
@@ -53,7 +56,7 @@ def open_model(
         if load.exists():
             counted = ExpertLoad.read(load, names, config.n_routed_experts)
     if max(tp, ep) == 1:
-        model = load_model(path, dtype=dtype, device=resolve_device(device), numerics=numerics)
+        model = load_model(path, dtype=dtype, device=resolve_device(device), numerics=numerics, offload=offload)
         if load is None:
             return OpenModel(model, lambda: None)
         counts = model.count_experts()

@@ -13,12 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS, ModelConfig
+
+_LINE = 64  # bytes at which tensors begin, as torch's own do
 
 
 class Tail:
@@ -36,6 +40,16 @@ class Tail:
         return self.kv.shape[1]
 
 
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU their memory comes page by page as it is written, where torch.zeros would write it all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = prod(shape) * dtype.itemsize
+    raw = np.zeros(nbytes + _LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(shape)
+
+
 class LayerCache:
     """One layer's cache: window [slots, W, d]; where compressed, entries [blocks, 256/ratio, d] and a tail; in CSA
     also index_keys [blocks, 64, c] with a tail of their own."""
@@ -51,11 +65,11 @@ class LayerCache:
         if ratio:
             per_block = BLOCK_TOKENS // ratio
             overlap = 2 if ratio == config.csa_ratio else 1
-            self.entries = torch.zeros(blocks, per_block, config.head_dim, dtype=dtype, device=device)
+            self.entries = _untouched((blocks, per_block, config.head_dim), dtype, device)
             self.tail = Tail(slots, overlap * ratio, overlap * config.head_dim, device)
             if ratio == config.csa_ratio:
                 c = config.index_head_dim
-                self.index_keys = torch.zeros(blocks, per_block, c, dtype=dtype, device=device)
+                self.index_keys = _untouched((blocks, per_block, c), dtype, device)
                 self.index_tail = Tail(slots, 2 * ratio, 2 * c, device)
 
     def tensors(self) -> list[Tensor]:

@@ -24,10 +24,10 @@ from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.exchange import Places, compute_own, exchange
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts, Gate, SharedExpert
+from upwell.model.offload import HostExperts
 from upwell.model.sharding import Shard
 from upwell.model.share import Share, share
 from upwell.model.transformer import Block, MTPBlock, Transformer
-from upwell.ops import experts_native
 
 
 class Leader(Protocol):
@@ -65,6 +65,7 @@ class ParallelMoE(nn.Module):
         self.places = Places(shard.placed(layer), config.n_routed_experts, shard.rank) if shard.exchanges else None
         self.load: Tensor | None = None  # [E] INT64, counted on where given
         self.computed = 0  # pairs of token and expert that this rank computed
+        self._kernels: HostExperts | None = None  # packed experts on a CPU, by the C++ kernels
 
     def forward(self, x: Tensor, input_ids: Tensor, share: Share) -> Tensor:
         if self.places is None:
@@ -85,10 +86,11 @@ class ParallelMoE(nn.Module):
         return share.reduce(out.to(x.dtype))
 
     def _pairs(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        routed = self.experts
-        if routed.packed is not None and not routed.quantize_input and experts_native.usable(x):
-            return experts_native.packed_experts(x, places[:, 0], weights[:, 0], routed.packed, routed.limit)
-        return routed(x, places, weights)
+        if self.experts.packed is None or x.device.type != "cpu" or torch.is_grad_enabled():
+            return self.experts(x, places, weights)
+        if self._kernels is None or self._kernels.experts is not self.experts:
+            self._kernels = HostExperts(self.experts)
+        return self._kernels(x, places, weights)
 
     def _shared_part(self, x: Tensor) -> Tensor:
         """The shared expert of tokens that all ranks have: each rank computes it for its share of them."""
