@@ -109,12 +109,14 @@ def test_ranks_compute_what_one_computes(
 def test_packed_checkpoints_are_split_where_their_blocks_are_and_decoded_elsewhere(
     packed: Path, teams: dict[tuple[int, int], Threads], way: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    # A BF16 sum of parts is rounded once more than the whole.
     with kernels_or_modules("kernels"):
         want = run(load_model(packed, dtype=dtype))
         models = teams[way].load(packed, dtype=dtype)
         for got in teams[way].run(lambda rank: run(models[rank])):
-            assert error(got, want) < (1e-4 if dtype == torch.float32 else 0.05)
+            if dtype == torch.float32:
+                assert error(got, want) < 1e-4
+            else:  # sums of parts are rounded otherwise than the whole, which may flip a near-tie of a router
+                assert float((got - want).abs().median()) < 0.01 * float(want.abs().max())
 
 
 def test_fp4_experts_are_split_at_their_groups_only(packed: Path, teams: dict[tuple[int, int], Threads]) -> None:
