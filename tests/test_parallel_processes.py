@@ -128,6 +128,19 @@ def test_rank_0_s_end_is_that_of_all(tmp_path: Path) -> None:
     assert psutil.wait_procs(own, timeout=30)[1] == []
 
 
+def test_a_rank_that_raises_is_told_with_its_words() -> None:
+    llm = LLM(device="cpu", tp=2)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    assert llm.generate(PROMPT, params)[0].text == single(12)
+    assert llm.lead is not None
+    llm.lead.tell("nonsense", {})
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 of 2 failed: AttributeError: .*nonsense"):
+        llm.generate(PROMPT + " b > 3", params)
+    assert time.monotonic() - began < 30
+    llm.close()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

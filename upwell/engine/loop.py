@@ -42,8 +42,7 @@ class EngineThread:
         """Another rank is gone: what runs ends with this error, and nothing more is taken. From any thread."""
         self.lost = error
         self._commands.put(lambda: self._give_up(error))
-        # On a device an exchange may wait for ever. Whoever waits for an answer shall not.
-        late = threading.Timer(GRACE_SECONDS, lambda: self._thread.is_alive() and self.engine.fail_all(error))
+        late = threading.Timer(GRACE_SECONDS, self._give_up_for_it, (error,))
         late.daemon = True
         late.start()
 
@@ -66,8 +65,8 @@ class EngineThread:
         with self._door:
             self._stopping = True
         self._commands.put(lambda: None)  # wakes the loop
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        self._thread.join(timeout if self.lost is None else min(timeout, GRACE_SECONDS))
+        if self._thread.is_alive() and self.lost is None:
             error = ShuttingDownError("the engine was stopped before this was done")
             self._commands.put(lambda: self.engine.fail_all(error))
             self._thread.join()
@@ -75,6 +74,12 @@ class EngineThread:
 
     def _give_up(self, error: RankError) -> None:
         raise error
+
+    def _give_up_for_it(self, error: RankError) -> None:
+        """On a device an exchange may wait for ever. Whoever waits for an answer shall not."""
+        if self._thread.is_alive():
+            self.engine.fail_all(error)
+            self._send_out()
 
     def _loop(self) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,13 +78,13 @@ class Job:
             )
         self.lead = Lead(sharing.world)
         self._children: list[subprocess.Popen[bytes]] = []
-        store = self._gather(kind)
         about = {
             "path": str(path), "kind": kind, "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             "numerics": numerics, "tp": sharing.tp, "ep": sharing.ep, "placement": sharing.placement,
         }  # fmt: skip
         atexit.register(self.close)
         try:
+            store = self._gather(kind)
             self.lead.tell("load", about)
             self.model = _load(about, 0, store, self.lead.reason)
             kernels = {rank: answer.values["kernels"] for rank, answer in self.lead.answers().items()}
@@ -113,6 +114,8 @@ class Job:
         """End the others; those that don't go are ended."""
         atexit.unregister(self.close)
         self.lead.close()
+        if dist.is_initialized() and self.lead.error is None:
+            dist.destroy_process_group()
         until = time.monotonic() + 10
         for child in self._children:
             try:
@@ -129,7 +132,8 @@ class Job:
             store.set(_LEADER, self.lead.listen(os.environ["MASTER_ADDR"]))
         else:
             store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            if "lo" in (name for _, name in socket.if_nameindex()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             threads = max(1, torch.get_num_threads() // self.sharing.world)
             if "OMP_NUM_THREADS" not in os.environ and kind == "cpu":
                 torch.set_num_threads(threads)
@@ -182,7 +186,8 @@ class Follower:
         self.cache = self.model.new_cache(**m.values)
 
     def streams(self, m: Message) -> None:
-        self.model.streams(self._here(m.tensors[0]), self.cache, self._step(m))
+        step = self._step(m)
+        self.model.streams(self._here(m.tensors[0]), None if step is None else self.cache, step)
 
     def draft_streams(self, m: Message) -> None:
         next_ids, streams = map(self._here, m.tensors)
