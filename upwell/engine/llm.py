@@ -49,6 +49,8 @@ class LLM:
     Where torchrun has started this process as another rank, this doesn't return: it serves rank 0, then exits.
     """
 
+    lead: Lead | None = None  # rank 0's line to the others, where the model is shared
+
     def __init__(
         self,
         path: str | Path | None = None,
@@ -100,7 +102,6 @@ class LLM:
 
     def _start(self, model: Transformer, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
         self.model = model.eval()
-        self.lead: Lead | None = None
         self.engine = Engine(model, tokenizer, **options)
 
     @property

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from upwell.checkpoint.load import load_part
 from upwell.checkpoint.match import read_config
@@ -125,13 +126,13 @@ class Job:
                 child.wait()
         self._children.clear()
 
-    def _gather(self, kind: str) -> dist.Store:
+    def _gather(self, kind: str) -> Store:
         """Start the others where torchrun hasn't, and let them in."""
         if launched():
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS))))
+            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS))))
             store.set(_LEADER, self.lead.listen(os.environ["MASTER_ADDR"]))
         else:
-            store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+            store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
             if "lo" in (name for _, name in socket.if_nameindex()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             threads = max(1, torch.get_num_threads() // self.sharing.world)
@@ -161,7 +162,7 @@ class Job:
 class Follower:
     """A rank that repeats what rank 0 does. Each method is a message's name."""
 
-    def __init__(self, line: Follow, store: dist.Store, rank: int) -> None:
+    def __init__(self, line: Follow, store: Store, rank: int) -> None:
         self.line, self.store, self.rank = line, store, rank
         self.model: ParallelTransformer
         self.cache: KVCache
@@ -231,8 +232,10 @@ class Follower:
         return tensor.to(self.model.device)
 
     def _step(self, m: Message) -> Step | None:
-        step = m.values["step"]
-        return None if step is None else Step(*step, device=self.model.device)
+        if m.values["step"] is None:
+            return None
+        slots, starts, lengths, tables = m.values["step"]
+        return Step(slots, starts, lengths, tables, self.model.device)
 
 
 def follow() -> int:
@@ -241,10 +244,10 @@ def follow() -> int:
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     if _LEADER in os.environ:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False)
         line = Follow(os.environ[_LEADER], rank)
     else:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS))))
+        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS))))
         line = Follow(store.get(_LEADER).decode(), rank)
     try:
         Follower(line, store, rank).serve()
@@ -270,7 +273,7 @@ def _kernels() -> str:
     return "no" if library is None else str(library.upwell_isa().decode())
 
 
-def _load(about: dict[str, Any], rank: int, store: dist.Store, why: Callable[[], RankError]) -> ParallelTransformer:
+def _load(about: dict[str, Any], rank: int, store: Store, why: Callable[[], RankError]) -> ParallelTransformer:
     kind, tp = about["kind"], int(about["tp"])
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = resolve_device(kind if kind == "cpu" else f"{kind}:{local}")
@@ -286,11 +289,11 @@ def _load(about: dict[str, Any], rank: int, store: dist.Store, why: Callable[[],
     return load_part(about["path"], ranks, dtype, device, about["numerics"])
 
 
-def _join(ranks: Ranks, store: dist.Store, kind: str) -> None:
+def _join(ranks: Ranks, store: Store, kind: str) -> None:
     """Make the process groups, all ranks at once."""
     world, tp = ranks.world, ranks.heads.size
     dist.init_process_group(
-        BACKENDS[kind], store=dist.PrefixStore("upwell", store), rank=world.rank, world_size=world.size,
+        BACKENDS[kind], store=PrefixStore("upwell", store), rank=world.rank, world_size=world.size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )  # fmt: skip
     world.process_group = dist.group.WORLD
