@@ -99,7 +99,7 @@ def test_a_dead_rank_ends_the_server_with_one_line_and_503() -> None:
         assert httpx.get(f"{url}/health").status_code == 503
         refused = httpx.post(f"{url}/v1/completions", json=body)
         assert refused.status_code == 503 and "rank 1 of 2 ended" in refused.json()["error"]["message"]
-        assert server.wait(30) == 1
+        assert server.wait(120) == 1  # 5 s it answers 503; the rest is the interpreter's end
         assert server.stderr.read() == "upwell: rank 1 of 2 ended (its part of the model is gone: start again)\n"
     finally:
         for process in [*children(server), server] if server.poll() is None else []:
