@@ -79,7 +79,7 @@ def check_needle(model: Transformer, ids: torch.Tensor, cache: KVCache, table: l
     xs = [plain.rms(plain.connect("layers.1.hc_attn", x)[0], "layers.1.attn_norm") for x in streams]
     for name, pool, width in (("compressor", cache.layers[1].entries, dim),
                               ("indexer.compressor", cache.layers[1].index_keys, config.index_head_dim)):  # fmt: skip
-        alone = plain.entries(f"layers.1.attn.{name}", xs, ratio, width, False)[1]
+        alone = plain.entries(f"layers.1.attn.{name}", xs, ratio, width, width != dim)[1]
         want = plain.rotate(alone, (entry - 1) * ratio, True)  # there it is entry 1, at position 4
         assert pool is not None
         per_block = BLOCK_TOKENS // ratio
