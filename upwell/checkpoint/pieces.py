@@ -44,14 +44,18 @@ class _Reader:
         dtype = torch.int8 if stored.dtype == "I8" else DTYPES[stored.dtype]
         return raw.view(dtype).view(stored.shape)
 
-    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    def stored(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
+        """The weight and its scale as ops.linear.linear takes them."""
         tensor, scale = weight
-        stored = self.tensor(tensor)
+        read = self.tensor(tensor)
         if scale is None:
-            return stored.to(dtype)
+            return read, None
         if tensor.dtype == "I8" and scale.dtype != "F32":
-            stored = stored.view(torch.uint8)  # FP4, two a byte
-        return dense_weight(stored, self.tensor(scale), dtype)
+            read = read.view(torch.uint8)  # FP4, two a byte
+        return read, self.tensor(scale)
+
+    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dense_weight(*self.stored(weight), dtype)
 
 
 def conversion_pieces(plan: Plan, to: Target, layout: Layout, recipe: str) -> Iterator[Piece]:
@@ -107,7 +111,7 @@ def _matrix(
     """A matrix or one expert's weight in the target's format."""
     integer = integer_format(name, to, recipe)
     if integer is not None:
-        return integer_piece(name, slot.shape, integer, layout, lambda: reader.dense(weight))
+        return integer_piece(name, slot.shape, integer, layout, partial(reader.stored, weight))
     if to == "bf16" or to in INTEGER_TARGETS:
         return Piece(((name, "BF16", slot.shape),), lambda: (reader.dense(weight, torch.bfloat16),))
     base, cols = name.removesuffix("weight"), slot.shape[-1]
