@@ -68,8 +68,9 @@ def _upwell_specs(base: str, shape: tuple[int, ...], integer: Integer) -> Specs:
     rows, cols = shape
     if integer == "int8":
         return (f"{base}weight", "I8", shape), (f"{base}scale", "F32", (rows,))
-    scale = (rows, cols // GROUP) if integer == "int4-groups" else (rows,)
-    return (f"{base}weight", "U8", (rows, cols // 2)), (f"{base}scale", "F32", scale)
+    by_group = integer == "int4-groups"
+    scale = ("BF16", (rows, cols // GROUP)) if by_group else ("F32", (rows,))
+    return (f"{base}weight", "U8", (rows, cols // 2)), (f"{base}scale", *scale)
 
 
 def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) -> Specs:
@@ -89,7 +90,7 @@ def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) 
 def _vllm_ascend(made: Integers, integer: Integer, shape: tuple[int, ...]) -> Tensors:
     if integer == "int4-groups":
         biased = made.codes ^ 0x88  # two's complement to an offset of 8
-        return biased.view(torch.int32), made.scale.bfloat16(), torch.tensor(shape, dtype=torch.int32)
+        return biased.view(torch.int32), made.scale, torch.tensor(shape, dtype=torch.int32)
     column = made.scale.unsqueeze(1)
     both = column, torch.zeros_like(column)
     if integer == "int8":

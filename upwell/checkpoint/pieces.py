@@ -13,7 +13,7 @@ from torch import Tensor
 from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, fp8_scale_shape, slots
 from upwell.checkpoint.integers import integer_piece
 from upwell.checkpoint.load import DTYPES
-from upwell.checkpoint.match import Plan, Weight
+from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight
 from upwell.checkpoint.recipes import INTEGER_TARGETS, Layout, Target, integer_format
 from upwell.checkpoint.save import Piece
 from upwell.checkpoint.shards import Stored
@@ -136,6 +136,6 @@ def _fp8_tensors(reader: _Reader, weight: Weight) -> tuple[Tensor, ...]:
 def _kept(reader: _Reader, weight: Weight, dtypes: tuple[str, ...]) -> tuple[Tensor, ...] | None:
     """The packed weight and its scale as they are, where they are in the wanted format already."""
     tensor, scale = weight
-    if scale is None or tensor.dtype not in dtypes or scale.dtype == "F32":
+    if scale is None or tensor.dtype not in dtypes or scale.dtype in INTEGER_SCALE:
         return None
     return reader.tensor(tensor), reader.tensor(scale)

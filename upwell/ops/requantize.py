@@ -18,7 +18,7 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, FP8: 2, PACKED: 3}
 
 
 class Integers(NamedTuple):
-    """codes: INT8 [out, in], or packed INT4, uint8; scale FP32 [out] or [out, in/group]; sums int32 [out, blocks]."""
+    """codes INT8 [out, in], or packed INT4, uint8; scale FP32 [out], or BF16 [out, in/group]; sums [out, blocks]."""
 
     codes: Tensor
     scale: Tensor
@@ -101,4 +101,4 @@ def _native(
     kernel = _kernel()
     assert kernel is not None
     kernel(ctypes.byref(call))
-    return Integers(codes, scales if by_group else scales.squeeze(1), sums)
+    return Integers(codes, scales.bfloat16() if by_group else scales.squeeze(1), sums)
