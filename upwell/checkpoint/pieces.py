@@ -13,7 +13,7 @@ from torch import Tensor
 from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, fp8_scale_shape, slots
 from upwell.checkpoint.integers import integer_piece
 from upwell.checkpoint.load import DTYPES
-from upwell.checkpoint.match import Plan, Weight
+from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight
 from upwell.checkpoint.recipes import INTEGER_TARGETS, Layout, Target, integer_format
 from upwell.checkpoint.save import Piece
 from upwell.checkpoint.shards import Stored
@@ -44,14 +44,18 @@ class _Reader:
         dtype = torch.int8 if stored.dtype == "I8" else DTYPES[stored.dtype]
         return raw.view(dtype).view(stored.shape)
 
-    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    def stored(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
+        """The weight and its scale as ops.linear.linear takes them."""
         tensor, scale = weight
-        stored = self.tensor(tensor)
+        read = self.tensor(tensor)
         if scale is None:
-            return stored.to(dtype)
+            return read, None
         if tensor.dtype == "I8" and scale.dtype != "F32":
-            stored = stored.view(torch.uint8)  # FP4, two a byte
-        return dense_weight(stored, self.tensor(scale), dtype)
+            read = read.view(torch.uint8)  # FP4, two a byte
+        return read, self.tensor(scale)
+
+    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dense_weight(*self.stored(weight), dtype)
 
 
 def conversion_pieces(plan: Plan, to: Target, layout: Layout, recipe: str) -> Iterator[Piece]:
@@ -107,7 +111,7 @@ def _matrix(
     """A matrix or one expert's weight in the target's format."""
     integer = integer_format(name, to, recipe)
     if integer is not None:
-        return integer_piece(name, slot.shape, integer, layout, lambda: reader.dense(weight))
+        return integer_piece(name, slot.shape, integer, layout, partial(reader.stored, weight))
     if to == "bf16" or to in INTEGER_TARGETS:
         return Piece(((name, "BF16", slot.shape),), lambda: (reader.dense(weight, torch.bfloat16),))
     base, cols = name.removesuffix("weight"), slot.shape[-1]
@@ -132,6 +136,6 @@ def _fp8_tensors(reader: _Reader, weight: Weight) -> tuple[Tensor, ...]:
 def _kept(reader: _Reader, weight: Weight, dtypes: tuple[str, ...]) -> tuple[Tensor, ...] | None:
     """The packed weight and its scale as they are, where they are in the wanted format already."""
     tensor, scale = weight
-    if scale is None or tensor.dtype not in dtypes or scale.dtype == "F32":
+    if scale is None or tensor.dtype not in dtypes or scale.dtype in INTEGER_SCALE:
         return None
     return reader.tensor(tensor), reader.tensor(scale)
