@@ -10,27 +10,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, fp8_scale_shape, slots
-from upwell.checkpoint.load import DTYPES
-from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
-from upwell.checkpoint.recipes import RECIPES, Layout, Target
-from upwell.checkpoint.save import Piece, Specs, split_shards, write_shard
-from upwell.checkpoint.shards import INDEX_NAME, Stored
+from upwell.checkpoint.integers import QUANT_TYPES
+from upwell.checkpoint.match import Plan, plan_checkpoint
+from upwell.checkpoint.pieces import conversion_pieces
+from upwell.checkpoint.recipes import INTEGER_TARGETS, RECIPES, Layout, Target
+from upwell.checkpoint.save import Piece, split_shards, write_shard
+from upwell.checkpoint.shards import INDEX_NAME
 from upwell.checkpoint.sniff import DESCRIPTION, sniff
 from upwell.checkpoint.verify import CHECKSUMS, write_checksums
 from upwell.errors import CheckpointError, InputError
-from upwell.formats.fp4 import GROUP, quantize_fp4
-from upwell.formats.fp8 import quantize_fp8
-from upwell.formats.int8 import quantize_int8
-from upwell.ops.linear import dense_weight
+from upwell.formats.int4 import GROUP
 
 STATE = ".upwell-convert.json"
 SHARD_BYTES = 4_000_000_000
@@ -59,7 +53,7 @@ def convert(job: Conversion, progress: Progress = lambda done, total: None) -> d
     if not kind.readable:
         raise CheckpointError(f"{job.source}: {kind.name} can't be converted yet", "give an official V4 checkpoint")
     plan = plan_checkpoint(job.source)
-    pieces = list(_pieces(job, plan))
+    pieces = list(conversion_pieces(plan, job.to, job.layout, job.recipe))
     total = sum(piece.nbytes for piece in pieces)
     limit = -(-total // job.shards) if job.shards else SHARD_BYTES
     groups = split_shards(pieces, limit)
@@ -85,119 +79,21 @@ def convert(job: Conversion, progress: Progress = lambda done, total: None) -> d
         state.add(name, digest.hexdigest())
         written += sizes[name]
     _finish(job, plan, names, groups, total, state.done)
-    quantized = sum(len(piece.tensors) > 1 for piece in pieces)
+    quantized = sum(piece.format is not None for piece in pieces)
     return {"kind": kind.name, "files": len(names), "bytes": total, "quantized": quantized}
 
 
 def _check_request(job: Conversion) -> None:
-    if job.layout == "vllm-ascend" and job.to != "w8a8":
-        raise InputError(f"the layout vllm-ascend is for w8a8, not {job.to}", "use --layout upwell")
+    if job.layout == "vllm-ascend" and job.to not in INTEGER_TARGETS:
+        raise InputError(
+            f"the layout vllm-ascend is for {', '.join(INTEGER_TARGETS)}, not {job.to}", "use --layout upwell"
+        )
     if job.recipe not in RECIPES:
         raise InputError(f"no recipe {job.recipe!r}", f"recipes: {', '.join(RECIPES)}")
     if job.shards is not None and job.shards < 1:
         raise InputError(f"--shards is {job.shards}, must be at least 1")
     if job.source.resolve() == job.target_dir.resolve():
         raise InputError(f"{job.target_dir}: source and target are the same directory")
-
-
-class _Reader:
-    """Reads stored tensors into memory of their own, so that what is held is what is being converted."""
-
-    def tensor(self, stored: Stored) -> Tensor:
-        raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-        with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.start)
-            view = raw.numpy().data
-            at = 0
-            while at < len(view):
-                got = stream.readinto(view[at:])
-                if not got:
-                    raise CheckpointError(f"{stored}: the file ended while it was read")
-                at += got
-        dtype = torch.int8 if stored.dtype == "I8" else DTYPES[stored.dtype]
-        return raw.view(dtype).view(stored.shape)
-
-    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-        tensor, scale = weight
-        stored = self.tensor(tensor)
-        if scale is None:
-            return stored.to(dtype)
-        if tensor.dtype == "I8" and scale.dtype != "F32":
-            stored = stored.view(torch.uint8)  # FP4, two a byte
-        return dense_weight(stored, self.tensor(scale), dtype)
-
-
-def _pieces(job: Conversion, plan: Plan) -> Iterator[Piece]:
-    """The target's tensors in official order, each made when it is written."""
-    reader = _Reader()
-    single = {slot.name: weight for slot, weight in plan.single}
-    for slot in slots(plan.config):
-        if slot.kind != "expert":
-            weight = single[slot.name]
-            matrix = slot.kind == "matrix"
-            yield _matrix(job, slot, slot.name, reader, weight) if matrix else _plain(slot, reader, weight)
-            continue
-        layer, _, leaf = slot.name.removesuffix(".weight").partition(".{}.")
-        for e in range(slot.count):
-            name = slot.name.format(e)
-            if layer in plan.stacked:
-                yield _matrix(job, slot, name, reader, _row_of(plan.stacked[layer], leaf, e))
-            else:
-                yield _matrix(job, slot, name, reader, plan.experts[layer][leaf][e])
-
-
-def _row_of(stacks: tuple[Stored, Stored], leaf: str, expert: int) -> Weight:
-    """One expert's w1, w3 (halves of w13 [E, 2I, D]) or w2 of transformers' stacks, as a tensor in the file."""
-    stack = stacks[1] if leaf == "w2" else stacks[0]
-    rows, cols = stack.shape[1:]
-    size = stack.nbytes // stack.shape[0]
-    start = stack.start + expert * size
-    if leaf == "w2":
-        return replace(stack, shape=(rows, cols), start=start, end=start + size), None
-    half = size // 2
-    start += half if leaf == "w3" else 0
-    return replace(stack, shape=(rows // 2, cols), start=start, end=start + half), None
-
-
-def _plain(slot: Slot, reader: _Reader, weight: Weight) -> Piece:
-    as_stored = {"table": (torch.int64, "I64"), "float": (torch.float32, "F32")}
-    dtype, code = as_stored.get(slot.kind, (torch.bfloat16, "BF16"))
-    return Piece(((slot.name, code, slot.shape),), lambda: (reader.tensor(weight[0]).to(dtype),))
-
-
-def _matrix(job: Conversion, slot: Slot, name: str, reader: _Reader, weight: Weight) -> Piece:
-    """A matrix or one expert's weight in the target's format."""
-    base, (rows, cols) = name.removesuffix("weight"), slot.shape
-    specs: Specs
-    if job.to == "w8a8" and RECIPES[job.recipe].search(name):
-        if job.layout == "vllm-ascend":
-            column = ("F32", (rows, 1))
-            specs = ((name, "I8", slot.shape), (f"{base}weight_scale", *column), (f"{base}weight_offset", *column))
-            return Piece(specs, lambda: _with_offset(*quantize_int8(reader.dense(weight))))
-        return Piece(((name, "I8", slot.shape), (f"{base}scale", "F32", (rows,))),
-                     lambda: quantize_int8(reader.dense(weight)))  # fmt: skip
-    if job.to in ("bf16", "w8a8"):
-        return Piece(((name, "BF16", slot.shape),), lambda: (reader.dense(weight, torch.bfloat16),))
-    if job.to == "fp4" and slot.kind == "expert":
-        if cols % GROUP:
-            raise CheckpointError(f"{name}: {cols} columns aren't a multiple of FP4's group of {GROUP}", "use --to fp8")
-        specs = ((name, "I8", fp4_packed_shape(slot.shape)), (f"{base}scale", "F8_E8M0", fp4_scale_shape(slot.shape)))
-        return Piece(specs, lambda: _kept(reader, weight, ("I8", "U8")) or quantize_fp4(reader.dense(weight)))
-    specs = ((name, "F8_E4M3", slot.shape), (f"{base}scale", "F8_E8M0", fp8_scale_shape(slot.shape)))
-    return Piece(specs, lambda: _kept(reader, weight, ("F8_E4M3",)) or quantize_fp8(reader.dense(weight)))
-
-
-def _kept(reader: _Reader, weight: Weight, dtypes: tuple[str, ...]) -> tuple[Tensor, ...] | None:
-    """The packed weight and its scale as they are, where they are in the wanted format already."""
-    tensor, scale = weight
-    if scale is None or tensor.dtype not in dtypes or scale.dtype == "F32":
-        return None
-    return reader.tensor(tensor), reader.tensor(scale)
-
-
-def _with_offset(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """vllm-ascend's three tensors: scale and offset [out, 1] FP32; a symmetric format's offset is zero."""
-    return weight, scale.unsqueeze(1), torch.zeros(len(scale), 1)
 
 
 @dataclass
@@ -257,7 +153,6 @@ def _finish(
     """Index, config, description and the source's other files; then the checksums of all; the state goes last."""
     made = [(file, piece) for file, group in zip(names, groups, strict=True) for piece in group]
     tensors = {name: file for file, piece in made for name, _, _ in piece.tensors}
-    packed = {name for _, piece in made if len(piece.tensors) > 1 for name, _, _ in piece.tensors}
     documents: dict[str, Any] = {
         "config.json": _config(job, plan),
         (INDEX_NAME if job.layout == "upwell" else "quant_model_weights.safetensors.index.json"): {
@@ -265,8 +160,7 @@ def _finish(
         },
     }  # fmt: skip
     if job.layout == "vllm-ascend":
-        types = {n: "W8A8_DYNAMIC" if n in packed else "FLOAT" for n in tensors}
-        documents[DESCRIPTION] = {"version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC", "group_size": 0, **types}
+        documents[DESCRIPTION] = _description(job, [piece for _, piece in made])
     for name, document in documents.items():
         (job.target_dir / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     for file in sorted(job.source.iterdir()):  # tokenizer, generation config, licence
@@ -277,12 +171,21 @@ def _finish(
     (job.target_dir / STATE).unlink()
 
 
+def _description(job: Conversion, pieces: list[Piece]) -> dict[str, Any]:
+    """quant_model_description.json: the type of every tensor, and what holds for all."""
+    of_all = {"w8a8": "W8A8_DYNAMIC", "w4a8": "W4A8_DYNAMIC", "w4a16": "W4A16"}[job.to]
+    return {
+        "version": "1.0.0", "model_quant_type": of_all, "group_size": GROUP if job.to == "w4a16" else 0, "metadata": {},
+        **{name: QUANT_TYPES.get(piece.format, "FLOAT") for piece in pieces for name, _, _ in piece.tensors},
+    }  # fmt: skip
+
+
 def _config(job: Conversion, plan: Plan) -> dict[str, Any]:
     official = job.to in ("fp4", "fp8")
     config = replace(
         plan.config, quant_method="fp8" if official else None, expert_dtype="fp4" if job.to == "fp4" else None
     )
     raw = config.to_official() | {"torch_dtype": "bfloat16"}
-    if job.to == "w8a8" and job.layout == "upwell":
-        raw["quantization_config"] = {"quant_method": "w8a8", "recipe": job.recipe}
+    if job.to in INTEGER_TARGETS and job.layout == "upwell":
+        raw["quantization_config"] = {"quant_method": job.to, "recipe": job.recipe}
     return raw

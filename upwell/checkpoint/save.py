@@ -80,10 +80,12 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them."""
+    """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them.
+    `format`: what a conversion made of a weight, by name; None where nothing was quantized."""
 
     tensors: Specs
     make: Callable[[], tuple[Tensor, ...]]
+    format: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +121,7 @@ def _weight_piece(
     if not quantize:
         return Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
     scale_name = name.removesuffix("weight") + "scale"
-    packed_so = scale is not None and weight.dtype != torch.int8  # INT8 isn't the official format: encode anew
+    packed_so = scale is not None and scale.dtype != torch.float32  # INT8 and INT4 aren't official: encode anew
     if weight.dtype == torch.float8_e4m3fn or (not packed_so and slot.kind == "matrix"):
         specs = ((name, "F8_E4M3", slot.shape), (scale_name, "F8_E8M0", fp8_scale_shape(slot.shape)))
         encode = quantize_fp8
