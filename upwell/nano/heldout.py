@@ -1,43 +1,39 @@
-"""Generated questions on domains that training never sees, as prompts with their plans: data for `upwell eval`.
+"""Generated questions as prompts with their plans: data for `upwell eval` and `upwell convert --calibration`.
 
-    python -m upwell.nano.heldout --count 500 --out plans.jsonl
-    upwell eval --data plans.jsonl
+    python -m upwell.nano.heldout --count 400 --out plans.jsonl                  # on domains that training never saw
+    python -m upwell.nano.heldout --count 300 --training --out calibration.jsonl  # on the training's own
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from upwell.nano.generate import examples, load_domains
 from upwell.nano.train import split_domains
 
-SEED = 20261124  # differs from the seeds of training and its validation
+SEED = 20261124  # training and its validation use others
+EVERY = 6  # of a table's questions, so that tables vary
 
 
-def held_out(count: int, seed: int = SEED) -> Iterator[dict[str, str]]:
-    """{"prompt", "completion"}: every twelfth example, so that tables vary. The same for the same seed."""
-    domains = split_domains(load_domains())[1]
-    for example in islice(examples(seed, domains), 0, 12 * count, 12):
-        yield {"prompt": example.prompt, "completion": " ".join(example.target)}
-
-
-def write(file: Path, count: int, seed: int = SEED) -> None:
+def write_prompts(file: Path, count: int, training: bool = False) -> None:
+    """`count` lines {"prompt", "completion"}; the same for the same arguments."""
+    domains = split_domains(load_domains())[0 if training else 1]
     with file.open("w", encoding="utf-8") as stream:
-        for item in held_out(count, seed):
-            stream.write(json.dumps(item, ensure_ascii=False) + "\n")
+        for example in islice(examples(SEED + training, domains), 0, EVERY * count, EVERY):
+            line = {"prompt": example.prompt, "completion": " ".join(example.target)}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--training", action="store_true", help="domains of the training, for calibration")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    write(args.out, args.count, args.seed)
+    write_prompts(args.out, args.count, args.training)
 
 
 if __name__ == "__main__":
