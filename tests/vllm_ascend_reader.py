@@ -1,7 +1,8 @@
 """Reads a checkpoint as vllm-ascend's loader does, for tests: written from its rules, not from upwell's writer.
 
 Rules (vllm-project/vllm-ascend at 182b75ea: quantization/modelslim_config.py, quantization/method_adapters.py,
-quantization/methods/w8a8_dynamic.py, w4a8.py, w4a16.py, models/deepseek_v4/mtp.py): a layer is quantized as
+quantization/methods/w8a8_dynamic.py, w4a8.py, w4a16.py, models/deepseek_v4/mtp.py, dspark.py; and the DSpark loader
+that came with its converter, examples/quantization/deepseek_v4 at 21e63796): a layer is quantized as
 quant_model_description.json says of `<name>.weight`; the key is found under the model's own names after renaming; the
 shards of gate_up_proj must agree, and so must all of a layer's experts; config.json has no quantization_config.
 
@@ -9,7 +10,9 @@ W8A8_DYNAMIC has weight INT8 [out, in], weight_scale and weight_offset [out, 1].
 and by row only (group_size 0), has weight INT8 [out/2, in], which is transposed and read as INT4 in INT32, lowest
 nibble first; scale_bias [out, 1], of down_proj [out, 16], of which a tensor-parallel rank takes its part and sums it.
 W4A16, for routed experts only, has weight_packed INT32 [out, in/8], weight_scale BF16 [out, in/group_size] and
-weight_shape. MTP is a model of its own: it takes names with `mtp.0.`, its embedding and head among them.
+weight_shape. MTP is a model of its own: it takes names with `mtp.0.`, its embedding and head among them. A DSpark
+drafter (config.json has dspark_block_size) takes the target's embedding and head; its wo_a is FP8 with a `.scale`,
+which its loader decodes; main_* belong to the first stage, norm, hc_head_* and markov_head to the last.
 """
 
 from __future__ import annotations
@@ -60,7 +63,9 @@ def read(directory: Path) -> dict[str, Tensor]:
         decode = {"W8A8_DYNAMIC": _w8a8, "W4A8_DYNAMIC": _w4a8, "W4A16": _w4a16}[kind]
         weights[f"{base}weight"] = decode(base, tensors, description)
     _check_kinds({name.replace("weight_packed", "weight"): kind for name, kind in described.items()}, weights)
-    if config["num_nextn_predict_layers"]:
+    if "dspark_block_size" in config:
+        _read_dspark(weights, config)
+    elif config["num_nextn_predict_layers"]:
         _check_mtp(weights)
     return weights
 
@@ -133,3 +138,27 @@ def _check_kinds(described: dict[str, str], weights: dict[str, Tensor]) -> None:
 def _check_mtp(weights: dict[str, Tensor]) -> None:
     assert torch.equal(weights["mtp.0.emb.tok_emb.weight"], weights["model.embed_tokens.weight"])
     assert torch.equal(weights["mtp.0.head.weight"], weights["lm_head.weight"])
+
+
+def _read_dspark(weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Decodes wo_a of each stage in place, and checks what the loader requires."""
+    stages = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("mtp."))
+    for stage in range(stages):
+        base = f"mtp.{stage}.self_attn.wo_a"
+        scale, weight = weights.pop(f"{base}.scale"), weights[f"{base}.weight"]
+        assert weight.dtype == torch.float8_e4m3fn and scale.dtype == torch.float8_e8m0fnu
+        blocks = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        weights[f"{base}.weight"] = weight.float() * blocks[: weight.shape[0], : weight.shape[1]]
+    last, hidden = f"mtp.{stages - 1}", config["hidden_size"]
+    targets, rank = len(config["dspark_target_layer_ids"]), config["dspark_markov_rank"]
+    required = {
+        "mtp.0.main_proj.weight": (hidden, targets * hidden), "mtp.0.main_norm.weight": (hidden,),
+        f"{last}.norm.weight": (hidden,), f"{last}.hc_head_fn": (config["hc_mult"], config["hc_mult"] * hidden),
+        f"{last}.hc_head_base": (config["hc_mult"],), f"{last}.hc_head_scale": (1,),
+        f"{last}.markov_head.markov_w1.weight": (config["vocab_size"], rank),
+        f"{last}.markov_head.markov_w2.weight": (config["vocab_size"], rank),
+        f"{last}.confidence_head.proj.weight": (1, hidden + rank),
+    }  # fmt: skip
+    for name, shape in required.items():
+        assert weights[name].shape == shape, name
+    assert not any(name.startswith("mtp.") and (".emb." in name or name.endswith(".head.weight")) for name in weights)

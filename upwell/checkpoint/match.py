@@ -26,6 +26,7 @@ class Plan:
     """Where each of the model's tensors comes from. An expert slot has one weight an expert, or the layer's stack."""
 
     config: ModelConfig
+    drafter: tuple[Slot, ...] = ()  # DSpark's, after the config's own slots
     single: list[tuple[Slot, Weight]] = field(default_factory=list)
     experts: dict[str, dict[str, list[Weight]]] = field(default_factory=dict)  # `layers.0.ffn.experts` -> w1 -> [E]
     stacked: dict[str, tuple[Stored, Stored]] = field(default_factory=dict)  # `layers.0.ffn.experts` -> w13, w2
@@ -47,18 +48,22 @@ def read_config(directory: Path) -> ModelConfig:
     return ModelConfig.from_file(directory / "config.json")
 
 
-def match(config: ModelConfig, stored: dict[str, Stored], directory: Path) -> Plan:
-    """Find every tensor of `config` among `stored`, with the right shape and dtype, and nothing else.
+def match(
+    config: ModelConfig, stored: dict[str, Stored], directory: Path, drafter: tuple[Slot, ...] = ()
+) -> Plan:  # fmt: skip
+    """Find every tensor of `config` (and of a DSpark drafter) among `stored`, with the right shape and dtype, and
+    nothing else.
 
     Raises CheckpointError naming file and tensor. transformers' checkpoints have no MTP; the plan's config says so.
     """
     by_name = _by_canonical_name(stored)
-    _refuse_relatives(by_name)
+    if not drafter:
+        _refuse_relatives(by_name)
     if any(is_hf_name(name) for name in stored):
         config = config.with_mtp(0)
         by_name = {name: tensor for name, tensor in by_name.items() if not is_mtp(name)}
-    plan = Plan(config)
-    for slot in slots(config):
+    plan = Plan(config, drafter)
+    for slot in (*slots(config), *drafter):
         if slot.kind == "expert":
             _match_experts(plan, slot, by_name, directory)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ from upwell.formats.fp4 import GROUP, quantize_fp4
 from upwell.formats.fp8 import quantize_fp8
 from upwell.ops.linear import dense_weight
 
+# vllm-ascend's DSpark loader decodes this one itself, and waits for its scale; its converter leaves it as it is.
+_DRAFT_WO_A = re.compile(r"^mtp\.\d+\.attn\.wo_a\.weight$")
 _MTP_COPIES = {"embed.weight": "mtp.0.emb.tok_emb.weight", "head.weight": "mtp.0.head.weight"}
 
 
@@ -52,15 +55,18 @@ class _Reader:
 
 
 def conversion_pieces(plan: Plan, to: Target, layout: Layout, recipe: str) -> Iterator[Piece]:
-    """Every tensor of the target. vllm-ascend's MTP is a model of its own and wants copies of embedding and head.
+    """Every tensor of the target. vllm-ascend's MTP is a model of its own and wants copies of embedding and head (a
+    DSpark drafter takes the model's).
 
     Raises CheckpointError for a weight whose shape doesn't fit the format.
     """
     reader = _Reader()
     matrix = partial(_matrix, reader, to, layout, recipe)
     single = {slot.name: weight for slot, weight in plan.single}
-    for slot in slots(plan.config):
-        if slot.kind == "matrix":
+    for slot in (*slots(plan.config), *plan.drafter):
+        if plan.drafter and _DRAFT_WO_A.search(slot.name):
+            yield _fp8(reader, slot.name, slot.shape, single[slot.name], None)
+        elif slot.kind == "matrix":
             yield matrix(slot, slot.name, single[slot.name])
         elif slot.kind == "expert":
             layer, _, leaf = slot.name.removesuffix(".weight").partition(".{}.")
@@ -110,8 +116,17 @@ def _matrix(
             raise CheckpointError(f"{name}: {cols} columns aren't a multiple of FP4's group of {GROUP}", "use --to fp8")
         specs = ((name, "I8", fp4_packed_shape(slot.shape)), (f"{base}scale", "F8_E8M0", fp4_scale_shape(slot.shape)))
         return Piece(specs, lambda: _kept(reader, weight, ("I8", "U8")) or quantize_fp4(reader.dense(weight)), "fp4")
-    specs = ((name, "F8_E4M3", slot.shape), (f"{base}scale", "F8_E8M0", fp8_scale_shape(slot.shape)))
-    return Piece(specs, lambda: _kept(reader, weight, ("F8_E4M3",)) or quantize_fp8(reader.dense(weight)), "fp8")
+    return _fp8(reader, name, slot.shape, weight, "fp8")
+
+
+def _fp8(reader: _Reader, name: str, shape: tuple[int, ...], weight: Weight, format: str | None) -> Piece:
+    scale = (name.removesuffix("weight") + "scale", "F8_E8M0", fp8_scale_shape(shape))
+    make = partial(_fp8_tensors, reader, weight)
+    return Piece(((name, "F8_E4M3", shape), scale), make, format)
+
+
+def _fp8_tensors(reader: _Reader, weight: Weight) -> tuple[Tensor, ...]:
+    return _kept(reader, weight, ("F8_E4M3",)) or quantize_fp8(reader.dense(weight))
 
 
 def _kept(reader: _Reader, weight: Weight, dtypes: tuple[str, ...]) -> tuple[Tensor, ...] | None:

@@ -22,7 +22,7 @@ from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, 
 from upwell.checkpoint.names import from_official, hf_name
 from upwell.checkpoint.shards import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
 from upwell.config import ModelConfig
-from upwell.errors import CheckpointError
+from upwell.errors import CheckpointError, InputError
 from upwell.formats.fp4 import GROUP, quantize_fp4
 from upwell.formats.fp8 import quantize_fp8
 from upwell.model import Transformer
@@ -201,6 +201,23 @@ def split_shards(pieces: list[Piece], max_bytes: int) -> list[list[Piece]]:
         if shards[-1] and size + piece.nbytes > max_bytes:
             shards.append([])
             size = 0
+        shards[-1].append(piece)
+        size += piece.nbytes
+    return shards
+
+
+def split_evenly(pieces: list[Piece], count: int) -> list[list[Piece]]:
+    """Split in order into `count` shards of about equal size. InputError where there are fewer pieces."""
+    if count > len(pieces):
+        raise InputError(f"--shards is {count}, the checkpoint has {len(pieces)} parts", "ask for fewer")
+    total = sum(piece.nbytes for piece in pieces)
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for i, piece in enumerate(pieces):
+        missing = count - len(shards)
+        full = size + piece.nbytes / 2 > total * len(shards) / count
+        if shards[-1] and missing and (full or len(pieces) - i == missing):
+            shards.append([])
         shards[-1].append(piece)
         size += piece.nbytes
     return shards

@@ -22,8 +22,8 @@ DESCRIPTION = "quant_model_description.json"  # msmodelslim's and vllm-ascend's 
 
 @dataclass(frozen=True)
 class CheckpointKind:
-    """`name` for people; `format`: official (FP8, with FP4 or FP8 experts), w8a8, w4a8, w4a16 (Upwell's), dense; None:
-    not read."""
+    """`name` for people; `format`: official (FP8, with FP4 or FP8 experts), w8a8, w4a8, w4a16 (Upwell's), dense, dspark
+    (converted, not run); None: not read."""
 
     name: str
     format: str | None
@@ -51,7 +51,7 @@ def kind_of(config: dict[str, Any], stored: dict[str, Stored]) -> CheckpointKind
     if any(V41.search(name) for name in names):
         return CheckpointKind("DeepSeek-V4.1 (Engram) or V4 Vision", None)
     if any(DSPARK.search(name) for name in names):
-        return CheckpointKind("DeepSeek-V4 with DSpark drafting (Flash-0731, Pro-0813)", None)
+        return CheckpointKind("DeepSeek-V4 with DSpark drafting (Flash-0731, Pro-0813)", "dspark")
     method = (config.get("quantization_config") or {}).get("quant_method")
     dtypes = {tensor.dtype for tensor in stored.values()}
     if method in INTEGER_TARGETS:

@@ -21,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--layout", default="upwell", choices=LAYOUTS, help="whose loader is to read it")
     parser.add_argument("--recipe", default="vllm-ascend", choices=tuple(RECIPES), help="which weights become integers")
     parser.add_argument("--shards", type=int, metavar="N", help="how many files (default: of about 4 GB)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="how many are written at once (default: one a processor)")
     parser.set_defaults(run=run)
 
 
@@ -28,8 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     from upwell.checkpoint.convert import Conversion, convert
 
     job = Conversion(
-        arguments.source, arguments.target, arguments.to, arguments.layout, arguments.recipe, arguments.shards
-    )
+        arguments.source, arguments.target, arguments.to, arguments.layout, arguments.recipe, arguments.shards,
+        arguments.jobs,
+    )  # fmt: skip
     with Bar("converting") as bar:
         done = convert(job, bar.show)
     print(
