@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         write_prompts(work / "plans.jsonl", args.texts)
-        write_prompts(work / "calibration.jsonl", 300, training=True)
+        write_prompts(work / "calibration.jsonl", 128, training=True)
         models = [convert(args.model, work, name) for name in args.formats]
         # By turns, so that each process has some that run in the kernels and some that don't.
         parts = [part for part in (models[k :: args.jobs] for k in range(args.jobs)) if part]

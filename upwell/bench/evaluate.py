@@ -32,7 +32,7 @@ class Evaluation:
     questions: Path | None = None
     window: int = WINDOW
     stride: int | None = None  # None: half the window
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None  # None: FP32 on the CPU, the checkpoint's own elsewhere
 
 
@@ -54,6 +54,7 @@ def evaluate(
         read_config(path)
         if not (kind := sniff(path)).readable:
             raise CheckpointError(f"{path}: {kind.name} can't be run", "give a checkpoint that upwell can load")
+    device = torch.device(job.device)
     rows: list[dict[str, Any]] = []
     documents: list[Document] = []
     spoken: str | None = None  # the first model's tokenizer
@@ -61,8 +62,8 @@ def evaluate(
     answered: list[bool] | None = None
     for path in paths:
         say(f"{path}: loading")
-        dtype = job.dtype or (torch.float32 if job.device.type == "cpu" else None)
-        model, tokenizer = load_model(path, dtype=dtype, device=job.device), Tokenizer.from_directory(path)
+        dtype = job.dtype or (torch.float32 if device.type == "cpu" else None)
+        model, tokenizer = load_model(path, dtype=dtype, device=device), Tokenizer.from_directory(path)
         if tokenizer is None:
             raise CheckpointError(f"{path}: has no tokenizer.json", "put the model's own beside its weights")
         if spoken not in (None, tokenizer.to_json()):

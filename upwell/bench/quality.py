@@ -114,10 +114,11 @@ def score(of: Predictions, documents: Sequence[Document], reference: Predictions
 def loss_difference(model: Scores, reference: Scores) -> dict[str, float]:
     """Mean loss a token over the reference's, with its 95 % interval; documents are the independent units."""
     extra, tokens, k = model.loss - reference.loss, model.tokens, len(model.tokens)
-    mean = float(extra.sum() / tokens.sum())
-    spread = float((extra - mean * tokens).pow(2).sum().sqrt() / tokens.sum()) * math.sqrt(k / (k - 1)) if k > 1 else 0.0
-    low, high = (mean - Z95 * spread, mean + Z95 * spread) if k > 1 else (-math.inf, math.inf)
-    return {"difference": mean, "low": low, "high": high}
+    n = float(tokens.sum())
+    mean = float(extra.sum()) / n
+    spread = float((extra - mean * tokens).square().sum().sqrt()) / n  # of a ratio of sums
+    half = Z95 * spread * math.sqrt(k / (k - 1)) if k > 1 else math.inf
+    return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
 def paired_difference(model: Sequence[bool], reference: Sequence[bool]) -> dict[str, float | int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upwell.checkpoint.load import load_model
 from upwell.checkpoint.rounding import gptq, search_scale
+from upwell.config import ModelConfig
 from upwell.errors import InputError
 from upwell.formats.int4 import INT4_MAX, round_to_int4
 from upwell.model import Transformer
@@ -31,6 +32,7 @@ from upwell.ops.rope import rope_angles
 MOST_TOKENS = 32_768  # read in all
 LONGEST = 2048  # of one text
 MOST_ROWS = 8192  # of one expert's inputs
+_COMPLETE = "complete"
 FEWEST_ROWS = 32  # with fewer, an expert's weights are rounded without them
 
 
@@ -40,6 +42,7 @@ class Calibration:
 
     directory: Path
     limit: float  # the experts' swiglu_limit
+    threads: int = field(default_factory=torch.get_num_threads)  # always as many: sums come out the same
     _lock: Lock = field(default_factory=Lock)
 
     def inputs(self, layer: str, expert: int) -> tuple[Tensor, Tensor]:
@@ -50,10 +53,10 @@ class Calibration:
         return kept["x"][token].float(), kept["weights"][token, place]
 
     def round_to_int4(
-        self, layer: str, expert: int, leaf: str, weight: Tensor, group: int | None, up: Callable[[], list[Tensor]]
+        self, layer: str, expert: int, leaf: str, up: Callable[[], list[Tensor]], weight: Tensor, group: int | None
     ) -> tuple[Tensor, Tensor]:
         """Integers int8 [out, in] and scale of weight `leaf` (w1, w2, w3); `up` gives the expert's w1 and w3."""
-        with self._lock:
+        with self._lock, _threads(self.threads):
             x, shares = self.inputs(layer, expert)
             if len(x) < FEWEST_ROWS:
                 scale = search_scale(weight, INT4_MAX, group)
@@ -75,28 +78,32 @@ def rounded_for(x: Tensor, weight: Tensor, group: int | None) -> tuple[Tensor, T
 
 
 def calibrate(
-    source: Path, texts: Sequence[Sequence[int]], directory: Path, progress: Callable[[int, int], None]
-) -> Calibration:
+    source: Path, texts: Sequence[Tensor], directory: Path, progress: Callable[[int, int], None]
+) -> None:
     """Run the texts' token ids through the checkpoint at `source` and keep the experts' inputs in `directory`.
 
-    A directory that an earlier call completed is taken as it is. At most MOST_TOKENS are read, the first ones. The
-    weights of an official checkpoint stay mapped from its files; a BF16 one's experts are held in memory: calibrate from
-    the official checkpoint where those don't fit. `progress`: layers done, layers in all.
+    A directory that an earlier call completed is taken as it is. The weights of an official checkpoint stay mapped from
+    its files. `progress`: layers done, layers in all.
     """
-    with torch.device("cpu"):
-        model = load_model(source)
-    made = Calibration(directory, model.config.swiglu_limit)
-    names = [f"layers.{i}.ffn.experts" for i in range(len(model.layers))]
-    names += [f"mtp.{i}.ffn.experts" for i in range(len(model.mtp))]
-    if all((directory / f"{name}.pt").is_file() for name in names):
-        return made
+    if (directory / _COMPLETE).is_file():
+        return
     directory.mkdir(exist_ok=True)
+    model = load_model(source)
     with torch.inference_mode():
-        _run(model, _first_tokens(texts, model.config.vocab_size), directory, progress)
-    return made
+        _run(model, texts, directory, progress)
+    (directory / _COMPLETE).touch()
 
 
-def _first_tokens(texts: Sequence[Sequence[int]], vocab: int) -> list[Tensor]:
+def disk_bytes(config: ModelConfig, texts: Sequence[Tensor]) -> int:
+    """What `calibrate` writes, at most."""
+    tokens = sum(map(len, texts))
+    layers = len(config.compress_ratios) + config.num_nextn_predict_layers
+    streams = 4 * config.hc_mult * config.hidden_size
+    return tokens * (layers * (2 * config.hidden_size + 6 * config.num_experts_per_tok) + streams)
+
+
+def first_tokens(texts: Sequence[Sequence[int]], vocab: int) -> list[Tensor]:
+    """The texts up to MOST_TOKENS in all, each up to LONGEST. Raises InputError for none, and for ids out of range."""
     kept: list[Tensor] = []
     left = MOST_TOKENS
     for ids in texts:
@@ -111,14 +118,15 @@ def _first_tokens(texts: Sequence[Sequence[int]], vocab: int) -> list[Tensor]:
     return kept
 
 
-def _run(model: Transformer, texts: list[Tensor], directory: Path, progress: Callable[[int, int], None]) -> None:
+def _run(model: Transformer, texts: Sequence[Tensor], directory: Path, progress: Callable[[int, int], None]) -> None:
     config = model.config
     lengths = [len(ids) for ids in texts]
     total, layers = sum(lengths), len(model.layers) + len(model.mtp)
     file = directory / "streams"
-    shape = (total, config.hc_mult, config.hidden_size)
-    streams = torch.from_file(str(file), shared=True, size=shape[0] * shape[1] * shape[2], dtype=model.dtype).view(shape)
-    parts = streams.split(lengths)  # in the file, so that they needn't stay in memory
+    width = config.hc_mult * config.hidden_size
+    streams = torch.from_file(str(file), shared=True, size=total * width, dtype=model.dtype)
+    # In the file, so that they needn't stay in memory.
+    parts = streams.view(total, config.hc_mult, config.hidden_size).split(lengths)
     for ids, part in zip(texts, parts, strict=True):
         part.copy_(model.embed(ids).unsqueeze(1).expand_as(part))
     for i, block in enumerate(model.layers):
@@ -138,6 +146,16 @@ def _run(model: Transformer, texts: list[Tensor], directory: Path, progress: Cal
                     part[:n] = model.draft_streams(ids[None, depth + 1 :], part[:n], depth=depth)
         progress(len(model.layers) + depth + 1, layers)
     file.unlink()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

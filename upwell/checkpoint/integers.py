@@ -25,19 +25,29 @@ from upwell.formats.int8 import quantize_int8
 
 Tensors = tuple[Tensor, ...]
 BIAS_COLUMNS = 16  # of w2's scale_bias
+Rounded = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]  # a dense weight and a group to INT4 integers and scale
 QUANT_TYPES: dict[str | None, str] = {"int8": "W8A8_DYNAMIC", "int4": "W4A8_DYNAMIC", "int4-groups": "W4A16"}
 
 
+def to_nearest(weight: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
+    """INT4 integers, int8 [out, in], at the scale that brings the largest value to 7."""
+    scale = int4_scale(weight, group)
+    return round_to_int4(weight, scale), scale
+
+
 def integer_piece(
-    name: str, shape: tuple[int, ...], integer: Integer, layout: Layout, dense: Callable[[], Tensor]
-) -> Piece:
-    """The tensors of weight `name` [out, in]. Raises CheckpointError where its shape doesn't fit the format."""
+    name: str, shape: tuple[int, ...], integer: Integer, layout: Layout, dense: Callable[[], Tensor],
+    to_int4: Rounded = to_nearest,
+) -> Piece:  # fmt: skip
+    """The tensors of weight `name` [out, in], INT4 by way of `to_int4`. Raises CheckpointError where its shape doesn't
+    fit the format."""
     _check_shape(name, shape, integer, layout)
     base = name.removesuffix("weight")
     if layout == "upwell":
-        return Piece(_upwell_specs(base, shape, integer), lambda: _upwell(dense(), integer), integer)
+        return Piece(_upwell_specs(base, shape, integer), lambda: _upwell(dense(), integer, to_int4), integer)
     blocks = BIAS_COLUMNS if name.endswith(".w2.weight") else 1
-    return Piece(_va_specs(base, shape, integer, blocks), lambda: _vllm_ascend(dense(), integer, blocks), integer)
+    specs = _va_specs(base, shape, integer, blocks)
+    return Piece(specs, lambda: _vllm_ascend(dense(), integer, blocks, to_int4), integer)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], integer: Integer, layout: Layout) -> None:
@@ -60,11 +70,11 @@ def _upwell_specs(base: str, shape: tuple[int, ...], integer: Integer) -> Specs:
     return (f"{base}weight", "U8", (rows, cols // 2)), (f"{base}scale", "F32", scale)
 
 
-def _upwell(weight: Tensor, integer: Integer) -> Tensors:
+def _upwell(weight: Tensor, integer: Integer, to_int4: Rounded) -> Tensors:
     if integer == "int8":
         return quantize_int8(weight)
-    scale = int4_scale(weight, GROUP if integer == "int4-groups" else None)
-    return pack_int4(round_to_int4(weight, scale)), scale
+    codes, scale = to_int4(weight, GROUP if integer == "int4-groups" else None)
+    return pack_int4(codes), scale
 
 
 def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) -> Specs:
@@ -81,12 +91,11 @@ def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) 
     return (f"{base}weight", "I8", (rows // 2, cols)), *both, (f"{base}scale_bias", "F32", (rows, blocks))
 
 
-def _vllm_ascend(weight: Tensor, integer: Integer, blocks: int) -> Tensors:
+def _vllm_ascend(weight: Tensor, integer: Integer, blocks: int, to_int4: Rounded) -> Tensors:
     if integer == "int8":
         codes, scale = quantize_int8(weight)
         return codes, scale.unsqueeze(1), torch.zeros(len(scale), 1)
-    scale = int4_scale(weight, GROUP if integer == "int4-groups" else None)
-    codes = round_to_int4(weight, scale)
+    codes, scale = to_int4(weight, GROUP if integer == "int4-groups" else None)
     if integer == "int4-groups":
         biased = pack_int4(codes) ^ 0x88  # two's complement to an offset of 8
         return biased.view(torch.int32), scale.bfloat16(), torch.tensor(codes.shape, dtype=torch.int32)

@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("models", type=Path, nargs="*", metavar="MODEL", help="checkpoints (default: upwell-nano)")
     parser.add_argument("--against", type=Path, metavar="MODEL", help="the reference, such as the checkpoint converted")
     parser.add_argument("--data", type=Path, metavar="FILE",
-                        help='a text (.txt), or lines of {"text": ...} or {"prompt": ..., "completion": ...} (.jsonl)')  # fmt: skip
+                        help="a text (.txt), or .jsonl of texts, or of prompts with completions")  # fmt: skip
     parser.add_argument("--window", type=int, default=2048, help="tokens of a text seen at once (default: 2048)")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: half the window)")
     parser.add_argument("--questions", type=Path, metavar="DIR",
