@@ -92,5 +92,11 @@ int64_t upwell_product_workspace_bytes(int64_t cols, int threads) {
   return upwell::current->kernels->product_workspace_bytes(cols, threads);
 }
 
+int64_t upwell_experts_workspace_bytes(const upwell::Model* model, int64_t tokens, int threads) {
+  return upwell::current->kernels->experts_workspace_bytes(*model, tokens, threads);
+}
+
+void upwell_experts(upwell::ExpertsCall* call) { upwell::run_team(upwell::current->kernels->experts, call); }
+
 void upwell_product(upwell::ProductCall* call) { upwell::run_team(upwell::current->kernels->product, call); }
 }

@@ -321,14 +321,15 @@ struct LayerPass {
 
   // The experts' outputs of token t, weighted and summed in y [hidden], enter the streams.
   void leave_experts(int64_t t, float* y) {
-    const int64_t k = m.experts_per_token;
-    map(y, b.shared_out + t * m.hidden, m.hidden, [&](Vec v, int64_t i) {
-      Vec routed{};
-      for (int64_t j = 0; j < k; ++j)
-        routed += load_at(b.expert_out + b.order[t * k + j] * m.hidden, i, m.hidden) * b.route_weights[t * k + j];
-      return v + routed;
-    });
+    map(y, b.shared_out + t * m.hidden, m.hidden, [&](Vec v, int64_t i) { return v + routed(t, i); });
     leave(t, y);
+  }
+  Vec routed(int64_t t, int64_t i) {  // the routed ones' sum, columns from i
+    const int64_t k = m.experts_per_token;
+    Vec sum{};
+    for (int64_t j = 0; j < k; ++j)
+      sum += load_at(b.expert_out + b.order[t * k + j] * m.hidden, i, m.hidden) * b.route_weights[t * k + j];
+    return sum;
   }
   void leave(int64_t t, const float* y) {
     leave_token(m, stream(t), y, b.post + t * m.streams, b.comb + t * m.streams * m.streams);

@@ -60,6 +60,13 @@ struct Sequence {  // `length` new tokens of one sequence; its rows in the flat 
   const int64_t* table;
 };
 
+// Experts that aren't all in memory: called by thread 0 before the experts active[from, count) of a layer are used, and
+// after those before `from` were. Puts some that are in memory first, points their matrices there, and returns where
+// they end (> from); negative: they can't be had.
+using Take = int64_t (*)(int64_t layer, int64_t from, int32_t* active, int64_t count);
+// Told by thread 0, before a layer's attention, which experts its router would choose already: most of them it will.
+using Expect = void (*)(int64_t layer, const int32_t* experts, int64_t count);
+
 struct Call {
   const Model* model;
   const Layer* layers;
@@ -72,6 +79,19 @@ struct Call {
   float* workspace;
   int64_t workspace_floats;
   int32_t* picks;  // null, or [layers, tokens, topk] for the indexer's selections (tests)
+  Take take;       // null: every expert is in memory
+  Expect expect;   // null: no guess is made
+};
+
+struct ExpertsCall {  // a layer's routed experts alone: y [tokens, hidden] = each token's experts, weighted and summed
+  const Model* model;
+  const Matrix* experts;
+  int64_t layer, tokens;
+  const float* x;
+  const int32_t* route;  // [tokens, k], and their weights
+  const float* route_weights;
+  float *y, *workspace;
+  Take take;
 };
 
 struct ProductCall {  // out [tokens, m.rows] = x [tokens, m.cols] m^T

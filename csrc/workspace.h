@@ -49,7 +49,7 @@ static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, in
   at.take(b.order, pairs);
   at.take(b.pair_of, pairs);
   at.take(b.group_start, m.experts + 1);
-  at.take(b.active, m.experts + 1);
+  at.take(b.active, m.experts + 2);
   at.take(b.sequence_of, tokens);
   b.score_row = (entries + kTile - 1) / kTile * kTile + 64;
   at.take(b.index_scores, threads * kIndexRows * b.score_row);

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from upwell.checkpoint.expert_pages import ExpertPages
 from upwell.checkpoint.geometry import Kind
 from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
+from upwell.checkpoint.offload import Offload
 from upwell.checkpoint.shards import Stored
 from upwell.config import Numerics
 from upwell.devices import npu
-from upwell.errors import InputError
+from upwell.errors import CheckpointError, InputError
 from upwell.model import Transformer
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts
+from upwell.model.offload import HostExperts, PagedLayer
 from upwell.ops.linear import dense_weight
 from upwell.ops.rope import inverse_frequencies
 
@@ -38,25 +44,28 @@ DTYPES = {
     "I64": torch.int64,
 }
 
+_LINE = 64
+
 
 def load_model(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     numerics: Numerics = "exact",
+    offload: Offload | None = None,
 ) -> Transformer:
     """The model of a checkpoint directory, in official or transformers' names, ready for inference.
 
     dtype: float32 or bfloat16 for activations and unquantized weights; None takes the checkpoint's own. Norms, mHC,
-    sinks, position biases and routing biases are FP32 always. Everything is checked before anything large is
-    allocated: raises CheckpointError or ConfigError, one line naming file and tensor.
+    sinks, position biases and routing biases are FP32 always. `offload`: where the routed experts stay. Everything
+    is checked before anything large is allocated: raises CheckpointError or ConfigError, naming file and tensor.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise InputError(f"dtype {dtype} isn't supported", "use torch.float32 or torch.bfloat16")
     plan = plan_checkpoint(Path(path))
     with torch.device("meta"):
         model = Transformer(plan.config, numerics)
-    _Filler(model, plan, dtype, torch.device(device)).fill()
+    _Filler(model, plan, dtype, torch.device(device), offload).fill()
     return model.eval()
 
 
@@ -79,26 +88,97 @@ class MappedFiles:
         return raw.view(dtype).view(stored.shape)
 
 
+class ReadFiles(MappedFiles):
+    """Tensors in memory of their own, for a process whose memory is counted: a mapping would count whole files."""
+
+    def tensor(self, stored: Stored) -> Tensor:
+        dtype = DTYPES[stored.dtype]
+        # As far from a cache line's start as in the mapping: a BLAS library's sums may depend on it, in the last bits.
+        skew = 0 if stored.start % dtype.itemsize else stored.start % _LINE
+        own = torch.empty(stored.nbytes + _LINE, dtype=torch.uint8)[skew : skew + stored.nbytes]
+        raw = own.numpy()
+        with stored.file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < stored.nbytes:
+                got = os.preadv(stream.fileno(), [raw[done:]], stored.start + done)
+                if not got:
+                    raise CheckpointError(f"{stored} is cut off", "download this shard again")
+                done += got
+            os.posix_fadvise(stream.fileno(), stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
+        return own.view(dtype).view(stored.shape)
+
+
 class _Filler:
     """Puts a plan's tensors into a model that was built on the meta device."""
 
-    def __init__(self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
-        self.model, self.plan, self.device = model, plan, device
+    def __init__(
+        self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device, offload: Offload | None
+    ) -> None:
+        self.model, self.plan, self.device, self.offload = model, plan, device, offload
         self.official = model.numerics == "official"
         self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not integers
-        self.files = MappedFiles()
+        self.files = ReadFiles() if offload is not None and offload.experts == "disk" else MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
 
     def fill(self) -> None:
         for slot, weight in self.plan.single:
             self._set_tensor(from_official(slot.name), slot.kind, weight)
+        if self.offload is None:
+            self._fill_experts()
+        elif self.offload.experts == "disk":
+            self._page_experts(self.offload)
+        else:
+            with self._on_host():
+                self._fill_experts()
+        if self.offload is not None and self.device.type != "cpu":
+            for layer in (*self.plan.stacked, *self.plan.experts):
+                self._send_away(self._experts(layer))
+        self._set_frequencies()
+
+    def _fill_experts(self) -> None:
         for layer, (w13, w2) in self.plan.stacked.items():
             module = self._experts(layer)
             module.w13, module.w2 = self._parameter(self._dense(w13)), self._parameter(self._dense(w2))
         for layer, parts in self.plan.experts.items():
             self._set_experts(self._experts(layer), parts)
-        self._set_frequencies()
+
+    @contextmanager
+    def _on_host(self) -> Iterator[None]:
+        device, decodes = self.device, self.decodes
+        self.device, self.decodes = torch.device("cpu"), False
+        yield
+        self.device, self.decodes = device, decodes
+
+    def _page_experts(self, offload: Offload) -> None:
+        dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
+        for parts in self.plan.experts.values():
+            tensor, scale = parts["w1"][0]
+            if scale is None or scale.dtype == "F32":
+                dense.append((tensor, f"experts of {tensor.dtype}"))
+        for tensor, what in dense:
+            raise InputError(
+                f"{tensor}: {what} can't be paged from disk, only FP4 and FP8 ones",
+                "take the official checkpoint, or offload experts=host",
+            )
+        assert offload.memory is not None
+        pages = ExpertPages(
+            list(self.plan.experts.values()), offload.memory, self.plan.config.num_experts_per_tok, offload.usage
+        )
+        self.model.pages = pages
+        for i, layer in enumerate(self.plan.experts):
+            module = self._experts(layer)
+            module.page(PagedLayer(pages, i))
+            module.quantize_input = self.official
+
+    def _send_away(self, module: Experts) -> None:
+        """The module that holds the experts stays on the host; the model's own hands over to it."""
+        held = copy(module)
+        held._parameters, held._buffers = dict(module._parameters), dict(module._buffers)
+        for name in module._buffers:
+            module._buffers[name] = None
+        module.packed = module.paged = None
+        module.send_away(HostExperts(held), self.device)
 
     def _set_tensor(self, name: str, kind: Kind, weight: Weight) -> None:
         path, _, leaf = name.rpartition(".")

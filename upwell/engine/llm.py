@@ -38,6 +38,8 @@ def nano_path() -> Path:
 class LLM:
     """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
 
+    offload "experts=host" leaves the routed experts in host memory, computed there; "experts=disk" pages them in, with
+    at most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
     dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
     `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
     """
@@ -48,15 +50,23 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         numerics: Numerics = "exact",
+        offload: str | None = None,
+        expert_memory: str | int | None = None,
+        expert_usage: str | Path | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         from upwell.checkpoint import load_model
+        from upwell.checkpoint.offload import parse_offload
+
+        away = parse_offload(offload, expert_memory, expert_usage)
+        if away is not None and options.get("graphs"):
+            raise InputError("graphs and offload don't go together", "a graph can't hold what the host computes")
 
         on = resolve_device(device)
         where = nano_path() if path is None else Path(path)
         if path is None and dtype is None:
             dtype = torch.float32  # small enough, and what the CPU kernels compute in
-        model = load_model(where, dtype=dtype, device=on, numerics=numerics)
+        model = load_model(where, dtype=dtype, device=on, numerics=numerics, offload=away)
         self._start(model, Tokenizer.from_directory(where), options)
 
     @classmethod

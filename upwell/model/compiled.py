@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from upwell.config import BLOCK_TOKENS
 from upwell.model.cache import KVCache, LayerCache, Step
-from upwell.ops import native
+from upwell.model.offload import Callbacks
+from upwell.ops import experts_native, native
 from upwell.ops.linear import dense_weight
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
+_GUESSED = 8  # tokens of a call up to which it pays to guess which experts of a layer on disk come next
 _PANELS = 4
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
@@ -55,6 +57,7 @@ class Plan:
     tensors: list[Any]
     copied: list[Tensor]  # those that were copied, and the versions they had
     versions: list[int]
+    callbacks: list[Callbacks]  # of experts that are on disk: all layers', then each MTP block's
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -79,6 +82,7 @@ class _Builder:
         self.formats: set[int] = set()
         self.arena, self.used = torch.empty(0), 0
         self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
+        self.paged: list[Any] = []  # tables of layers whose experts are on disk
 
     def watch(self, module: nn.Module, name: str, copied: bool) -> Tensor:
         owner = module._parameters if name in module._parameters else module._buffers
@@ -143,7 +147,8 @@ class _Builder:
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
         if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
-            return self.raw(dense_weight(weight, scale, torch.float32), None)
+            dense = dense_weight(weight, scale, torch.float32)
+            return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
@@ -161,8 +166,14 @@ class _Builder:
         routed = moe.experts
         if routed.quantize_input:
             raise _Unsupported("quantize_input")
-        if routed.packed is not None:
-            self.watched.append((routed.__dict__, "packed", routed.packed, -1))
+        self.watched += [(routed.__dict__, name, getattr(routed, name), -1) for name in ("packed", "paged")]
+        if routed.paged is not None:
+            sizes = routed.hidden, routed.inter
+            if not experts_native.fits(routed.paged.pages.kind, *sizes):
+                raise _Unsupported("FP4's groups")
+            matrices += list(experts_native.table(routed.paged.pages.kind, routed.n, *sizes))
+            self.formats.add(matrices[0].format)
+        elif routed.packed is not None:
             for expert in routed.packed:
                 matrices += [self.matrix(*expert[name]) for name in ("w1", "w3", "w2")]
         else:
@@ -174,6 +185,8 @@ class _Builder:
         matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
         stored = (native.Matrix * len(matrices))(*matrices)
         self.kept.append(stored)
+        if routed.paged is not None:
+            self.paged.append(stored)
         return cast(stored, POINTER(native.Matrix))
 
     def head(self, shape: native.Model, owner: Any, out: native.Matrix) -> native.HeadCall:
@@ -259,8 +272,14 @@ def _make(model: Transformer) -> Plan | None:
     shape.by_tokens = int(build.formats == {_PANELS} and dense <= _CACHED_BYTES)
     owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
     copied = [tensor for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
+    callbacks = []
+    if model.pages is not None:
+        tables, n = build.paged, len(blocks)
+        callbacks = [Callbacks(model.pages, tables[:n], 0)]
+        callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
     return Plan(
-        shape, layers, mtp, head, mtp_heads, build.kept, owners, names, tensors, copied, [v for v in versions if v >= 0]
+        shape, layers, mtp, head, mtp_heads, build.kept, owners, names, tensors, copied,
+        [v for v in versions if v >= 0], callbacks,
     )  # fmt: skip
 
 
@@ -335,7 +354,15 @@ def run_layers(
             )  # fmt: skip
             at_call = ctypes.addressof(call)
             call.workspace = plan.room(lib.upwell_workspace_bytes(at_call, threads))
-            lib.upwell_forward(at_call)
+            if plan.callbacks:
+                paged = plan.callbacks[0 if mtp is None else 1 + mtp]
+                call.take = paged.take
+                if row <= _GUESSED:
+                    call.expect = paged.expect
+                with paged.called():
+                    lib.upwell_forward(at_call)
+            else:
+                lib.upwell_forward(at_call)
             if rows is not None:
                 streams[rows] = part
     return True

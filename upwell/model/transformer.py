@@ -15,6 +15,7 @@ from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.hyper_connections import HyperConnection, HyperHead
 from upwell.model.layers import Linear, RMSNorm
 from upwell.model.moe import MoE
+from upwell.model.offload import Pages, expect_hash_layers
 from upwell.ops.rope import inverse_frequencies, rope_angles
 
 
@@ -71,6 +72,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics = "exact") -> None:
         super().__init__()
         self.config, self.numerics = config, numerics
+        self.pages: Pages | None = None  # where experts are paged in from disk
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, ratio, config.is_hash_layer(i), numerics)
@@ -106,6 +108,8 @@ class Transformer(nn.Module):
 
         A ragged step's input [1, T] gives [T, h, D].
         """
+        if self.pages is not None:
+            expect_hash_layers(self, self.pages, input_ids)
         streams = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
             own = streams.contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -70,12 +70,23 @@ class Sequence(ctypes.Structure):
     _fields_ = [("slot", c_int64), ("start", c_int64), ("length", c_int64), ("row", c_int64), ("table", c_void_p)]
 
 
+TAKE = ctypes.CFUNCTYPE(c_int64, c_int64, c_int64, POINTER(c_int32), c_int64)
+EXPECT = ctypes.CFUNCTYPE(None, c_int64, POINTER(c_int32), c_int64)
+
+
 class Call(ctypes.Structure):
     _fields_ = [
         ("model", POINTER(Model)), ("layers", POINTER(Layer)), ("caches", POINTER(LayerCache)),
         ("layer_count", c_int64), ("sequences", POINTER(Sequence)), ("sequence_count", c_int64), ("tokens", c_int64),
         ("block_tokens", c_int64), ("ids", c_void_p), ("streams", c_void_p), ("workspace", c_void_p),
-        ("workspace_floats", c_int64), ("picks", c_void_p),
+        ("workspace_floats", c_int64), ("picks", c_void_p), ("take", TAKE), ("expect", EXPECT),
+    ]  # fmt: skip
+
+
+class ExpertsCall(ctypes.Structure):
+    _fields_ = [
+        ("model", POINTER(Model)), ("experts", POINTER(Matrix)), ("layer", c_int64), ("tokens", c_int64),
+        *((name, c_void_p) for name in ("x", "route", "route_weights", "y", "workspace")), ("take", TAKE),
     ]  # fmt: skip
 
 
@@ -119,6 +130,9 @@ def _loaded() -> ctypes.CDLL | None:
     lib.upwell_product.argtypes, lib.upwell_product.restype = [c_void_p], None
     lib.upwell_product_workspace_bytes.argtypes = [c_int64, c_int]
     lib.upwell_product_workspace_bytes.restype = c_int64
+    lib.upwell_experts.argtypes, lib.upwell_experts.restype = [c_void_p], None
+    lib.upwell_experts_workspace_bytes.argtypes = [c_void_p, c_int64, c_int]
+    lib.upwell_experts_workspace_bytes.restype = c_int64
     lib.upwell_read.argtypes, lib.upwell_read.restype = [c_void_p, c_int64], c_uint64
     _share_openmp(lib)
     if wish and lib.upwell_set_isa(wish.encode()) != 0:
