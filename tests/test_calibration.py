@@ -13,7 +13,6 @@ from upwell import load_model
 from upwell.checkpoint import calibrate as module
 from upwell.checkpoint.calibrate import Calibration, calibrate, first_tokens, rounded_for
 from upwell.checkpoint.convert import Conversion, convert
-from upwell.checkpoint.integers import to_nearest
 from upwell.checkpoint.rounding import gptq, search_scale
 from upwell.checkpoint.verify import verify
 from upwell.cli import main
@@ -39,14 +38,16 @@ def output_error(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> flo
 def test_gptq_halves_the_error_on_inputs_it_never_saw(group: int | None) -> None:
     weight = torch.randn(48, 160, generator=torch.Generator().manual_seed(0))
     seen, unseen = correlated(2000, 160, 2), correlated(500, 160, 3)
-    plain = output_error(unseen, weight, *to_nearest(weight, group))
+    nearest = int4_scale(weight, group)
+    plain = output_error(unseen, weight, round_to_int4(weight, nearest), nearest)
     codes, scale = rounded_for(seen, weight, group)
     assert output_error(unseen, weight, codes, scale) < 0.5 * plain
     assert codes.dtype == torch.int8 and codes.abs().max() <= 7
     assert scale.shape == ((48,) if group is None else (48, 5))
     assert group is None or torch.equal(scale, scale.bfloat16().float())
     # The compensation alone, at the same scale.
-    assert output_error(unseen, weight, codes, scale) < output_error(unseen, weight, round_to_int4(weight, scale), scale)
+    uncompensated = round_to_int4(weight, scale)
+    assert output_error(unseen, weight, codes, scale) < output_error(unseen, weight, uncompensated, scale)
 
 
 def test_gptq_without_correlation_rounds_to_nearest() -> None:

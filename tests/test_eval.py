@@ -123,7 +123,8 @@ def test_intervals_of_differences() -> None:
     assert paired_difference([True], [True])["difference"] == 0
     none = torch.zeros(3, dtype=torch.float64)
     tokens = torch.tensor([10.0, 10.0, 10.0], dtype=torch.float64)
-    a, b = (Scores(tokens, torch.tensor(loss).double(), none, none.bool()) for loss in ([3.0, 6.0, 9.0], [2.0, 4.0, 6.0]))
+    losses = torch.tensor([[3.0, 6.0, 9.0], [2.0, 4.0, 6.0]]).double()
+    a, b = (Scores(tokens, loss, none, none.bool()) for loss in losses)
     # Of equal documents it is the mean of 0.1, 0.2, 0.3 with its standard error 0.1 / sqrt(3).
     found = loss_difference(a, b)
     assert found["difference"] == pytest.approx(0.2)

@@ -58,7 +58,7 @@ class Calibration:
         """Integers int8 [out, in] and scale of weight `leaf` (w1, w2, w3); `up` gives the expert's w1 and w3."""
         with self._lock, _threads(self.threads):
             x, shares = self.inputs(layer, expert)
-            if len(x) < FEWEST_ROWS:
+            if len(x) < FEWEST_ROWS or not x.isfinite().all():
                 scale = search_scale(weight, INT4_MAX, group)
                 return round_to_int4(weight, scale), scale
             if leaf == "w2":

@@ -20,8 +20,9 @@ from torch import Tensor
 from upwell.checkpoint.recipes import Integer, Layout
 from upwell.checkpoint.save import Piece, Specs
 from upwell.errors import CheckpointError
-from upwell.formats.int4 import GROUP, int4_scale, pack_int4, round_to_int4
-from upwell.formats.int8 import quantize_int8
+from upwell.formats.int4 import GROUP
+from upwell.ops.linear import dense_weight
+from upwell.ops.requantize import Integers, int4_integers, requantize
 
 Tensors = tuple[Tensor, ...]
 BIAS_COLUMNS = 16  # of w2's scale_bias
@@ -29,25 +30,36 @@ Rounded = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]  # a dense weigh
 QUANT_TYPES: dict[str | None, str] = {"int8": "W8A8_DYNAMIC", "int4": "W4A8_DYNAMIC", "int4-groups": "W4A16"}
 
 
-def to_nearest(weight: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
-    """INT4 integers, int8 [out, in], at the scale that brings the largest value to 7."""
-    scale = int4_scale(weight, group)
-    return round_to_int4(weight, scale), scale
-
-
 def integer_piece(
-    name: str, shape: tuple[int, ...], integer: Integer, layout: Layout, dense: Callable[[], Tensor],
-    to_int4: Rounded = to_nearest,
+    name: str, shape: tuple[int, ...], integer: Integer, layout: Layout,
+    read: Callable[[], tuple[Tensor, Tensor | None]], to_int4: Rounded | None = None,
 ) -> Piece:  # fmt: skip
-    """The tensors of weight `name` [out, in], INT4 by way of `to_int4`. Raises CheckpointError where its shape doesn't
-    fit the format."""
+    """The tensors of weight `name` [out, in]; `read` gives it and its scale as ops.linear.linear takes them. INT4 is
+    rounded by `to_int4`, to nearest where there is none.
+
+    Raises CheckpointError where its shape doesn't fit the format, and when made where it holds a NaN.
+    """
     _check_shape(name, shape, integer, layout)
     base = name.removesuffix("weight")
-    if layout == "upwell":
-        return Piece(_upwell_specs(base, shape, integer), lambda: _upwell(dense(), integer, to_int4), integer)
-    blocks = BIAS_COLUMNS if name.endswith(".w2.weight") else 1
-    specs = _va_specs(base, shape, integer, blocks)
-    return Piece(specs, lambda: _vllm_ascend(dense(), integer, blocks, to_int4), integer)
+    va = layout == "vllm-ascend"
+    blocks = 0 if not va or integer != "int4" else BIAS_COLUMNS if name.endswith(".w2.weight") else 1
+    group = GROUP if integer == "int4-groups" else None
+
+    def make() -> Tensors:
+        by_rows = va and integer == "int4"
+        if to_int4 is not None and integer != "int8":
+            dense = dense_weight(*read(), torch.float32)
+            finite = bool(dense.isfinite().all())
+            made = int4_integers(*to_int4(dense if finite else torch.zeros_like(dense), group), by_rows, blocks)
+        else:
+            made = requantize(*read(), 8 if integer == "int8" else 4, group, by_rows, blocks)
+            finite = bool(made.scale.isfinite().all())
+        if not finite:
+            raise CheckpointError(f"{name}: the source holds numbers that aren't finite", "download it again")
+        return _vllm_ascend(made, integer, shape) if va else (made.codes, made.scale)
+
+    specs = _va_specs(base, shape, integer, blocks) if va else _upwell_specs(base, shape, integer)
+    return Piece(specs, make, integer)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], integer: Integer, layout: Layout) -> None:
@@ -70,13 +82,6 @@ def _upwell_specs(base: str, shape: tuple[int, ...], integer: Integer) -> Specs:
     return (f"{base}weight", "U8", (rows, cols // 2)), (f"{base}scale", "F32", scale)
 
 
-def _upwell(weight: Tensor, integer: Integer, to_int4: Rounded) -> Tensors:
-    if integer == "int8":
-        return quantize_int8(weight)
-    codes, scale = to_int4(weight, GROUP if integer == "int4-groups" else None)
-    return pack_int4(codes), scale
-
-
 def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) -> Specs:
     rows, cols = shape
     if integer == "int4-groups":
@@ -91,16 +96,12 @@ def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) 
     return (f"{base}weight", "I8", (rows // 2, cols)), *both, (f"{base}scale_bias", "F32", (rows, blocks))
 
 
-def _vllm_ascend(weight: Tensor, integer: Integer, blocks: int, to_int4: Rounded) -> Tensors:
-    if integer == "int8":
-        codes, scale = quantize_int8(weight)
-        return codes, scale.unsqueeze(1), torch.zeros(len(scale), 1)
-    codes, scale = to_int4(weight, GROUP if integer == "int4-groups" else None)
+def _vllm_ascend(made: Integers, integer: Integer, shape: tuple[int, ...]) -> Tensors:
     if integer == "int4-groups":
-        biased = pack_int4(codes) ^ 0x88  # two's complement to an offset of 8
-        return biased.view(torch.int32), scale.bfloat16(), torch.tensor(codes.shape, dtype=torch.int32)
-    nibbles = codes.view(torch.uint8) & 0xF
-    packed = (nibbles[::2] | (nibbles[1::2] << 4)).view(torch.int8)
-    sums = codes.view(len(codes), blocks, -1).sum(-1, dtype=torch.int32)
-    column = scale.unsqueeze(1)
-    return packed, column, torch.zeros_like(column), 8 * column * sums
+        biased = made.codes ^ 0x88  # two's complement to an offset of 8
+        return biased.view(torch.int32), made.scale.bfloat16(), torch.tensor(shape, dtype=torch.int32)
+    column = made.scale.unsqueeze(1)
+    both = column, torch.zeros_like(column)
+    if integer == "int8":
+        return made.codes, *both
+    return made.codes.view(torch.int8), *both, 8 * column * made.sums

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upwell.checkpoint.calibrate import Calibration
 from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, fp8_scale_shape, slots
-from upwell.checkpoint.integers import Rounded, integer_piece, to_nearest
+from upwell.checkpoint.integers import Rounded, integer_piece
 from upwell.checkpoint.load import DTYPES
 from upwell.checkpoint.match import Plan, Weight
 from upwell.checkpoint.recipes import INTEGER_TARGETS, Layout, Target, integer_format
@@ -45,14 +45,18 @@ class _Reader:
         dtype = torch.int8 if stored.dtype == "I8" else DTYPES[stored.dtype]
         return raw.view(dtype).view(stored.shape)
 
-    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    def stored(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
+        """The weight and its scale as ops.linear.linear takes them."""
         tensor, scale = weight
-        stored = self.tensor(tensor)
+        read = self.tensor(tensor)
         if scale is None:
-            return stored.to(dtype)
+            return read, None
         if tensor.dtype == "I8" and scale.dtype != "F32":
-            stored = stored.view(torch.uint8)  # FP4, two a byte
-        return dense_weight(stored, self.tensor(scale), dtype)
+            read = read.view(torch.uint8)  # FP4, two a byte
+        return read, self.tensor(scale)
+
+    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dense_weight(*self.stored(weight), dtype)
 
 
 def conversion_pieces(
@@ -74,7 +78,7 @@ def conversion_pieces(
         elif slot.kind == "expert":
             layer, _, leaf = slot.name.removesuffix(".weight").partition(".{}.")
             for e in range(slot.count):
-                to_int4 = to_nearest
+                to_int4 = None
                 if calibration is not None:
                     up = partial(_up, reader, plan, layer, e)
                     to_int4 = partial(calibration.round_to_int4, layer, e, leaf, up)
@@ -118,12 +122,12 @@ def _plain(slot: Slot, reader: _Reader, weight: Weight) -> Piece:
 
 def _matrix(
     reader: _Reader, to: Target, layout: Layout, recipe: str, slot: Slot, name: str, weight: Weight,
-    to_int4: Rounded = to_nearest,
+    to_int4: Rounded | None = None,
 ) -> Piece:  # fmt: skip
     """A matrix or one expert's weight in the target's format."""
     integer = integer_format(name, to, recipe)
     if integer is not None:
-        return integer_piece(name, slot.shape, integer, layout, lambda: reader.dense(weight), to_int4)
+        return integer_piece(name, slot.shape, integer, layout, partial(reader.stored, weight), to_int4)
     if to == "bf16" or to in INTEGER_TARGETS:
         return Piece(((name, "BF16", slot.shape),), lambda: (reader.dense(weight, torch.bfloat16),))
     base, cols = name.removesuffix("weight"), slot.shape[-1]

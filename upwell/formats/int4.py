@@ -23,7 +23,7 @@ def quantize_int4(weight: Tensor, group: int | None = None) -> tuple[Tensor, Ten
     """Dense [out, in] -> (uint8 [out, in/2], FP32 scale [out], or [out, in/group] with a `group`).
 
     scale = amax / 7, of groups rounded to BF16; what is zero everywhere has scale 1 / 7. ValueError where `in` is odd
-    or no multiple of `group`.
+    or no multiple of `group`. A NaN among the weights is one in the scale.
     """
     scale = int4_scale(weight, group)
     return pack_int4(round_to_int4(weight, scale)), scale
@@ -36,7 +36,7 @@ def int4_scale(weight: Tensor, group: int | None = None) -> Tensor:
     if group is not None and cols % group:
         raise ValueError(f"INT4 by groups needs the input dim a multiple of {group}, got {cols}")
     amax = weight.float().view(rows, -1, group or cols).abs().amax(-1)
-    scale = torch.where(amax > 0, amax, 1.0) / INT4_MAX
+    scale = torch.where(amax == 0, 1.0, amax) / INT4_MAX
     return scale.bfloat16().float() if group is not None else scale.squeeze(1)
 
 
