@@ -187,7 +187,7 @@ def test_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--data", "{tmp}/empty.txt"], "holds nothing to score"),
         (["--data", "{tmp}/latin.txt"], "isn't UTF-8"),
         (["--data", "{tmp}/ok.txt", "--window", "1"], "--window is 1"),
-        (["--data", "{tmp}/ok.txt", "--window", "99999"], "the model takes 8192"),
+        (["--data", "{tmp}/ok.txt", "--window", "9999999"], "is 9999999, the model takes"),
         (["--data", "{tmp}/ok.txt", "--stride", "2048"], "--stride is 2048"),
         (["--questions", "{tmp}"], "has no judge.py"),
         (["--data", "{tmp}/ok.txt", "--against", "{tmp}/none"], "no such directory"),

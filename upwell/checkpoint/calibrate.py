@@ -77,9 +77,7 @@ def rounded_for(x: Tensor, weight: Tensor, group: int | None) -> tuple[Tensor, T
     return gptq(weight, scale, gram, INT4_MAX), scale
 
 
-def calibrate(
-    source: Path, texts: Sequence[Tensor], directory: Path, progress: Callable[[int, int], None]
-) -> None:
+def calibrate(source: Path, texts: Sequence[Tensor], directory: Path, progress: Callable[[int, int], None]) -> None:
     """Run the texts' token ids through the checkpoint at `source` and keep the experts' inputs in `directory`.
 
     A directory that an earlier call completed is taken as it is. The weights of an official checkpoint stay mapped from
