@@ -128,6 +128,7 @@ def test_intervals_of_differences() -> None:
     # Of equal documents it is the mean of 0.1, 0.2, 0.3 with its standard error 0.1 / sqrt(3).
     found = loss_difference(a, b)
     assert found["difference"] == pytest.approx(0.2)
+    assert found["low"] is not None and found["high"] is not None
     assert found["high"] - found["low"] == pytest.approx(2 * 1.959964 * 0.1 / math.sqrt(3))
 
 

@@ -132,8 +132,8 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
-def _between(of: dict[str, float] | None, scale: float, digits: int) -> str:
+def _between(of: dict[str, float | None] | None, scale: float, digits: int) -> str:
     if of is None:
         return ""
-    middle, low, high = (f"{scale * of[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-    return f"{middle} ({low} to {high})"
+    middle, low, high = ("" if of[k] is None else f"{scale * of[k]:+.{digits}f}" for k in ("difference", "low", "high"))
+    return f"{middle} ({low} to {high})" if low else middle

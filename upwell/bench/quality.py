@@ -111,13 +111,16 @@ def score(of: Predictions, documents: Sequence[Document], reference: Predictions
     return Scores(tokens, loss, first_right, torch.tensor(whole, dtype=torch.bool), *compared)
 
 
-def loss_difference(model: Scores, reference: Scores) -> dict[str, float]:
-    """Mean loss a token over the reference's, with its 95 % interval; documents are the independent units."""
+def loss_difference(model: Scores, reference: Scores) -> dict[str, float | None]:
+    """Mean loss a token over the reference's, with its 95 % interval; documents are the independent units, so that of
+    one document is unknown, None."""
     extra, tokens, k = model.loss - reference.loss, model.tokens, len(model.tokens)
     n = float(tokens.sum())
     mean = float(extra.sum()) / n
+    if k == 1:
+        return {"difference": mean, "low": None, "high": None}
     spread = float((extra - mean * tokens).square().sum().sqrt()) / n  # of a ratio of sums
-    half = Z95 * spread * math.sqrt(k / (k - 1)) if k > 1 else math.inf
+    half = Z95 * spread * math.sqrt(k / (k - 1))
     return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
