@@ -102,7 +102,7 @@ class Asker:
                 raise InputError(f"the question has {len(text)} characters", f"at most {MAX_QUESTION} are read")
         profile = self._table.profile
         linked = [link(text, profile) for text in texts]
-        read = self.read(profile, linked)
+        read = self.read_all(profile, linked)
         return [self._answer(*each) for each in zip(questions, linked, read, strict=True)]
 
     def _answer(self, question: str, linked: LinkedQuestion, reading: Reading) -> Answer:
@@ -123,7 +123,11 @@ class Asker:
         return Answer(question, "answer" if sure else "unsure", told, sql, result.columns, result.rows,
                       reading.confidence, message)  # fmt: skip
 
-    def read(self, profile: TableProfile, asked: Sequence[LinkedQuestion]) -> list[Reading]:
+    def read(self, profile: TableProfile, linked: LinkedQuestion) -> Reading:
+        """One question's best-supported plan."""
+        return self.read_all(profile, [linked])[0]
+
+    def read_all(self, profile: TableProfile, asked: Sequence[LinkedQuestion]) -> list[Reading]:
         """Each question's best-supported plan: its probability over column orders, a share for the draft, weighed by
         how much of the question it uses."""
         drafts = [draft_plan(profile, linked) for linked in asked]

@@ -106,34 +106,35 @@ def evaluate(
 
 def describe(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table; shares in percent, differences in points with their 95 % intervals."""
-    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("", lambda row: Path(row["model"]).name), ("format", lambda row: row["format"]),
-        ("MB", lambda row: f"{row['bytes'] / 1e6:,.1f}"),
-    ]  # fmt: skip
-    shown = {key for row in rows for key in row}
-    if "perplexity" in shown:
-        columns.append(("perplexity", lambda row: f"{row['perplexity']:.4f}"))
-    if "loss_difference" in shown:
-        columns += [
-            ("loss more by", lambda row: _between(row.get("loss_difference"), 1, 4)),
-            ("KL", lambda row: f"{row['kl']:.5f}" if "kl" in row else ""),
-            ("same choice", lambda row: _percent(row.get("same_first_choice"))),
-        ]
-    for key, name in (("completions", "completions right"), ("answers", "answers right")):
-        if key in shown:
-            of = "completions_right" if key == "completions" else key
-            columns.append((name, lambda row, of=of: _percent(row[of] if of != "answers" else row[of]["rate"])))
-            if f"{key}_difference" in shown:
-                columns.append(("points", lambda row, key=key: _between(row.get(f"{key}_difference"), 100, 1)))
-    return table([[name for name, _ in columns], *([cell(row) for _, cell in columns] for row in rows)])
+    cells = [_cells(row) for row in rows]
+    names = max(([*row] for row in cells), key=len)  # the reference has no differences
+    return table([["", *names[1:]], *([row.get(name, "") for name in names] for row in cells)])
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    cells = {"model": Path(row["model"]).name, "format": row["format"], "MB": f"{row['bytes'] / 1e6:,.1f}"}
+    if "perplexity" in row:
+        cells["perplexity"] = f"{row['perplexity']:.4f}"
+    if "kl" in row:
+        cells["loss more by"] = _between(row["loss_difference"], 1, 4)
+        cells |= {"KL": f"{row['kl']:.1e}", "same choice": _percent(row["same_first_choice"])}
+    if "completions_right" in row:
+        cells["completions right"] = _percent(row["completions_right"])
+    if "completions_difference" in row:
+        cells["their points"] = _between(row["completions_difference"], 100, 1)
+    if "answers" in row:
+        cells["answers right"] = _percent(row["answers"]["rate"])
+    if "answers_difference" in row:
+        cells["points"] = _between(row["answers_difference"], 100, 1)
+    return cells
 
 
-def _between(of: dict[str, float | None] | None, scale: float, digits: int) -> str:
-    if of is None:
-        return ""
-    middle, low, high = ("" if of[k] is None else f"{scale * of[k]:+.{digits}f}" for k in ("difference", "low", "high"))
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _between(of: dict[str, float | None], scale: float, digits: int) -> str:
+    middle, low, high = (
+        "" if value is None else f"{scale * value:+.{digits}f}" for value in (of["difference"], of["low"], of["high"])
+    )
     return f"{middle} ({low} to {high})" if low else middle
