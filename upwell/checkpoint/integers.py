@@ -21,18 +21,21 @@ from upwell.checkpoint.recipes import Integer, Layout
 from upwell.checkpoint.save import Piece, Specs
 from upwell.errors import CheckpointError
 from upwell.formats.int4 import GROUP
-from upwell.ops.requantize import Integers, requantize
+from upwell.ops.linear import dense_weight
+from upwell.ops.requantize import Integers, int4_integers, requantize
 
 Tensors = tuple[Tensor, ...]
 BIAS_COLUMNS = 16  # of w2's scale_bias
+Rounded = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]  # a dense weight and a group to INT4 integers and scale
 QUANT_TYPES: dict[str | None, str] = {"int8": "W8A8_DYNAMIC", "int4": "W4A8_DYNAMIC", "int4-groups": "W4A16"}
 
 
 def integer_piece(
     name: str, shape: tuple[int, ...], integer: Integer, layout: Layout,
-    read: Callable[[], tuple[Tensor, Tensor | None]],
+    read: Callable[[], tuple[Tensor, Tensor | None]], to_int4: Rounded | None = None,
 ) -> Piece:  # fmt: skip
-    """The tensors of weight `name` [out, in]; `read` gives it and its scale as ops.linear.linear takes them.
+    """The tensors of weight `name` [out, in]; `read` gives it and its scale as ops.linear.linear takes them. INT4 is
+    rounded by `to_int4`, to nearest where there is none.
 
     Raises CheckpointError where its shape doesn't fit the format, and when made where it holds a NaN.
     """
@@ -43,8 +46,15 @@ def integer_piece(
     group = GROUP if integer == "int4-groups" else None
 
     def make() -> Tensors:
-        made = requantize(*read(), 8 if integer == "int8" else 4, group, va and integer == "int4", blocks)
-        if not made.scale.isfinite().all():
+        by_rows = va and integer == "int4"
+        if to_int4 is not None and integer != "int8":
+            dense = dense_weight(*read(), torch.float32)
+            finite = bool(dense.isfinite().all())
+            made = int4_integers(*to_int4(dense if finite else torch.zeros_like(dense), group), by_rows, blocks)
+        else:
+            made = requantize(*read(), 8 if integer == "int8" else 4, group, by_rows, blocks)
+            finite = bool(made.scale.isfinite().all())
+        if not finite:
             raise CheckpointError(f"{name}: the source holds numbers that aren't finite", "download it again")
         return _vllm_ascend(made, integer, shape) if va else (made.codes, made.scale)
 

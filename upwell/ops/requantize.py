@@ -56,14 +56,21 @@ def plain_requantize(
     dense = dense_weight(weight, scale, torch.float32)
     if bits == 8:
         codes, steps = quantize_int8(dense)
-    else:
-        steps = int4_scale(dense, group)
-        codes = round_to_int4(dense, steps)
-    parts = codes.view(len(codes), max(blocks, 1), -1)
-    sums = parts.sum(-1, dtype=torch.int32) if blocks else torch.empty(len(codes), 0, dtype=torch.int32)
-    if bits == 8:
-        return Integers(codes, steps, sums)
-    return Integers(pack_int4(codes.T.contiguous()).T.contiguous() if pack_rows else pack_int4(codes), steps, sums)
+        return Integers(codes, steps, _sums(codes, blocks))
+    steps = int4_scale(dense, group)
+    return int4_integers(round_to_int4(dense, steps), steps, pack_rows, blocks)
+
+
+def int4_integers(codes: Tensor, scale: Tensor, pack_rows: bool, blocks: int) -> Integers:
+    """INT4 integers, int8 [out, in], and their scale, packed and summed as `requantize` has them."""
+    packed = pack_int4(codes.T.contiguous()).T.contiguous() if pack_rows else pack_int4(codes)
+    return Integers(packed, scale, _sums(codes, blocks))
+
+
+def _sums(codes: Tensor, blocks: int) -> Tensor:
+    if not blocks:
+        return torch.empty(len(codes), 0, dtype=torch.int32)
+    return codes.view(len(codes), blocks, -1).sum(-1, dtype=torch.int32)
 
 
 def usable(weight: Tensor, scale: Tensor | None, group: int | None) -> bool:
