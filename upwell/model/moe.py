@@ -10,7 +10,7 @@ from upwell.model.layers import Linear
 from upwell.ops import moe_native
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import linear
-from upwell.ops.moe import expert_hidden, grouped_experts, int8_experts, route, router_scores, swiglu
+from upwell.ops.moe import expert_hidden, grouped_experts, integer_experts, route, router_scores, swiglu
 
 
 class Gate(nn.Module):
@@ -33,9 +33,9 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 ones are
-    stacked with FP32 scales of their rows; packed ones stay as the checkpoint has them, one tensor an expert, mapped
-    from its file."""
+    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8
+    and INT4 ones are stacked with FP32 scales (ops.moe.integer_experts); FP8 and FP4 ones stay as the checkpoint has
+    them, one tensor an expert, mapped from its file."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(self.n, hidden, inter))
         self.w13_scale: Tensor | None
         self.w2_scale: Tensor | None
-        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D]
+        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D], or by groups
         self.register_buffer("w2_scale", None)
         self.packed: list[dict[str, tuple[Tensor, Tensor]]] | None = None  # expert -> w1|w2|w3 -> (weight, scale)
         self.quantize_input = False
@@ -59,7 +59,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [T, D], experts/weights [T, k] -> [T, D]: the weighted sum of each token's experts."""
         if self.w13_scale is not None and self.w2_scale is not None:
-            return int8_experts(
+            return integer_experts(
                 x, experts, weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.limit
             )
         if self.packed is None:
