@@ -27,10 +27,10 @@ class HyperConnection(nn.Module):
             return hc_autograd.enter(
                 streams, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
             )
-        pre, post, comb = hc.mix(
+        x, post, comb = hc.enter(
             streams, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
         )
-        return hc.collapse(streams, pre), streams, post, comb
+        return x, streams, post, comb
 
     @staticmethod
     def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ def load(chip: Chip) -> Kernels | None:
     return Kernels(tiles) if tiles is not None and find_spec("triton") is not None else None
 
 
+def split_columns(x: Tensor) -> Tensor:
+    """[..., in] with the even columns first, then the odd ones. A nibble's place in its byte decides which half it is
+    in, so weights are never interleaved; a product doesn't mind, if both sides are in this order."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 class Kernels:
     """Each method is an operation of the plain path, or None for a call it doesn't cover. A kernel that Triton can't
     compile here is left alone from then on, with one warning."""

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from upwell.ops.triton import split_columns
 from upwell.ops.triton.tiles import Tiles
 
 
@@ -49,12 +50,6 @@ def decode(packed: Tensor, scale: Tensor | None, dtype: torch.dtype, tiles: Tile
         BN=tiles.int4_rows, BK=tiles.int4_bytes, GROUP=group,
     )  # fmt: skip
     return out
-
-
-def split_columns(x: Tensor) -> Tensor:
-    """[..., in] with the even columns first, then the odd ones. A nibble's place in its byte decides which half it is
-    in, so weights are never interleaved; a product doesn't mind, if both sides are in this order."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _covers(group: int, tiles: Tiles) -> bool:
