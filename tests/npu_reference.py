@@ -189,6 +189,54 @@ def rule_sparse_flash_attention(
     need(options["layout_query"] == options["layout_kv"] == "BSND" and "sinks" not in options, "layouts, no sinks")
 
 
+def npu_mhc_pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float = 1e-6, hc_eps: float = 1e-6
+) -> tuple[Tensor, ...]:
+    tokens, n, _ = x.shape
+    flat = x.reshape(tokens, -1).float()
+    normed = flat / torch.sqrt((flat**2).mean(1, keepdim=True) + norm_eps)
+    parts = zip((normed @ phi.T).split([n, n, n * n], 1), bias.split([n, n, n * n]), alpha, strict=True)
+    pre, post, res = (a * part + b for part, b, a in parts)
+    h_in = ((pre.sigmoid() + hc_eps).unsqueeze(2) * x.float()).sum(1)
+    return h_in.to(x.dtype), 2 * post.sigmoid(), res.view(tokens, n, n), *(torch.empty(0) for _ in range(3))
+
+
+def rule_mhc_pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float = 1e-6, hc_eps: float = 1e-6
+) -> None:
+    n, dim = x.shape[1:]
+    need(x.dtype in HALF and phi.dtype == alpha.dtype == bias.dtype == torch.float32, "dtypes")
+    need(n in (4, 6, 8) and dim % 16 == 0 and 1 <= dim <= 16384 and x.numel() > 0, "streams")
+    need(phi.shape == (n * n + 2 * n, n * dim) and alpha.shape == (3,) and bias.shape == phi.shape[:1], "parameters")
+
+
+def npu_mhc_sinkhorn(x: Tensor, *, eps: float = 1e-6, num_iters: int = 20) -> tuple[Tensor, ...]:
+    y = x.softmax(-1) + eps
+    y = y / (y.sum(-2, keepdim=True) + eps)
+    for _ in range(1, num_iters):
+        y = y / (y.sum(-1, keepdim=True) + eps)
+        y = y / (y.sum(-2, keepdim=True) + eps)
+    return y, torch.empty(0), torch.empty(0)
+
+
+def rule_mhc_sinkhorn(x: Tensor, *, eps: float = 1e-6, num_iters: int = 20) -> None:
+    need(x.dtype == torch.float32 and x.dim() == 3 and x.shape[1] == x.shape[2], "[T, n, n], FP32")
+    need(x.shape[1] in (4, 6, 8) and 1 <= x.shape[0] <= 65536 and 1 <= num_iters <= 100, "numbers")
+
+
+def npu_mhc_post(x: Tensor, h_res: Tensor, h_out: Tensor, h_post: Tensor) -> Tensor:
+    # The page writes H_res x; which index is summed is from op-plugin's test_npu_mhc_post.py.
+    kept = (h_res.unsqueeze(3) * x.float().unsqueeze(2)).sum(1)
+    return (kept + h_post.unsqueeze(2) * h_out.float().unsqueeze(1)).to(x.dtype)
+
+
+def rule_mhc_post(x: Tensor, h_res: Tensor, h_out: Tensor, h_post: Tensor) -> None:
+    tokens, n, dim = x.shape
+    need(x.dtype in HALF and h_out.dtype == x.dtype, "x and h_out of one dtype, a half one")
+    need(h_res.dtype == h_post.dtype == torch.float32, "mappings in FP32")
+    need(h_res.shape == (tokens, n, n) and h_out.shape == (tokens, dim) and h_post.shape == (tokens, n), "shapes")
+
+
 NAMES = sorted(name for name in globals() if name.startswith("npu_"))
 
 

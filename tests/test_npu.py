@@ -21,7 +21,7 @@ from upwell.devices.operators import audit, facts
 from upwell.errors import DeviceError
 from upwell.formats.fp8 import round_to_fp8
 from upwell.formats.int4 import dequantize_int4, quantize_int4
-from upwell.ops import attention, indexer, linear, moe, norm, rope
+from upwell.ops import attention, hyper_connections, indexer, linear, moe, norm, rope
 from upwell.ops.npu import PRODUCTS, Fused
 
 HERE = Path(__file__).parent
@@ -203,6 +203,21 @@ def test_int8_linear(fused: Fused) -> None:
     plain = linear.int8_linear(x, weight, scale)
     close(fused.quantized_linear(x, weight, scale), plain, 0.01)
     close(plain, torch.nn.functional.linear(x.float(), weight.float() * scale[:, None]).bfloat16(), 0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_streams_on_the_950(tokens: int) -> None:
+    a5 = Fused(chip("Ascend950PR_9599"), npu_reference.operators())
+    x, fn, y = random(tokens, 4, 48, dtype=torch.bfloat16), random(24, 192), random(tokens, 48, dtype=torch.bfloat16)
+    base, scale = random(24), random(3)
+    entered, plain = (f(x, fn, base, scale, 20, 1e-6, 1e-6) for f in (a5.enter_streams, hyper_connections.enter))
+    assert entered is not None
+    for ours, theirs in zip(entered, plain, strict=True):
+        close(ours, theirs, 0.01)
+    assert float((plain[2] - plain[2].transpose(1, 2)).abs().max()) > 0.05  # which index is summed matters
+    close(a5.expand_streams(x, y, *plain[1:]), hyper_connections.expand(x, y, *plain[1:]), 0.01)
+    assert a5.enter_streams(x.float(), fn, base, scale, 20, 1e-6, 1e-6) is None
+    assert Fused(A2, npu_reference.operators()).enter_streams(x, fn, base, scale, 20, 1e-6, 1e-6) is None
 
 
 def test_attention_step_carries_the_sink(fused: Fused) -> None:

@@ -49,6 +49,8 @@ def integer_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`linear` for INT8 and INT4 weights. Where scales are one a row, x is rounded too (W8A8, W4A8)."""
     if weight.dtype == torch.int8:
         return int8_linear(x, weight, scale)
+    if (kernels := npu.fused(x)) is not None and (out := kernels.int4_linear(x, weight, scale)) is not None:
+        return out
     if scale.dim() == 1:
         return int8_linear(x, unpack_int4(weight), scale)
     return F.linear(x, dequantize_int4(weight, scale, x.dtype))

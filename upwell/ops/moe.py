@@ -136,6 +136,12 @@ def gathered_experts(
 
 def _of_pairs(rows: Tensor, weights: Tensor, scales: Tensor | None, picks: Tensor) -> Tensor:
     """Each row by its own expert's weight: rows [P, 1, in], weights [E, out, in], picks [P] -> [P, 1, out]."""
+    if scales is not None and weights.dtype == torch.uint8 and (kernels := npu.fused(rows)) is not None:
+        by_row = scales.dim() == 2
+        wide, step = round_to_int8(rows) if by_row else (rows, None)
+        out = kernels.int4_products(wide.squeeze(1), weights, scales, picks, step, rows.dtype)
+        if out is not None:
+            return out.unsqueeze(1)
     picked = weights[picks]
     if scales is None:
         return torch.bmm(rows, picked.transpose(1, 2))

@@ -1,8 +1,10 @@
-"""torch_npu's fused operators behind the plain operations' interface, for the chips whose page names them.
+"""What an NPU runs in place of plain operations: torch_npu's fused operators on the chips whose page names them, and
+Triton kernels (ops/triton) where they lack one.
 
 Source of signatures, shapes, dtypes and products: github.com/Ascend/op-plugin, docs/zh/custom_APIs/torch_npu (commit
 517f2e7d, 2026-08-21). Each method computes what the plain operation of the same name computes, or returns None where
-the page doesn't cover the call: then the plain path runs. UPWELL_NPU_OPERATORS=plain turns all of them off.
+the page doesn't cover the call: then the plain path runs. UPWELL_NPU_OPERATORS=plain turns all of them off,
+UPWELL_NPU_OPERATORS=torch_npu the Triton kernels alone.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upwell.devices import npu as device_npu
 from upwell.devices.npu import Chip, Family
+from upwell.ops import triton
 
 _A2_A3: frozenset[Family] = frozenset(("a2", "a3"))
-_ALL: frozenset[Family] = frozenset(("a2", "a3", "950"))
+_950: frozenset[Family] = frozenset(("950",))
+_ALL = _A2_A3 | _950
 # Operator -> families whose chips its page lists.
 PRODUCTS: dict[str, frozenset[Family]] = {
     "npu_rms_norm": _A2_A3,
@@ -32,6 +37,9 @@ PRODUCTS: dict[str, frozenset[Family]] = {
     "npu_quant_matmul": _A2_A3,
     "npu_lightning_indexer": _ALL,
     "npu_sparse_flash_attention": _ALL,
+    "npu_mhc_pre": _950,
+    "npu_mhc_sinkhorn": _950,
+    "npu_mhc_post": _950,
 }
 _HALF = (torch.float16, torch.bfloat16)
 _FLOAT = (*_HALF, torch.float32)
@@ -52,14 +60,17 @@ def fused(x: Tensor) -> Fused | None:
 
 @cache
 def _fused_of(device: torch.device) -> Fused:
-    return Fused(device_npu.chip_of(device), sys.modules["torch_npu"])
+    chip = device_npu.chip_of(device)
+    kernels = None if os.environ.get("UPWELL_NPU_OPERATORS") == "torch_npu" else triton.load(chip)
+    return Fused(chip, sys.modules["torch_npu"], kernels)
 
 
 class Fused:
-    """The operators of `ops` (the module torch_npu) that `chip`'s family is documented to have."""
+    """The operators of `ops` (the module torch_npu) that `chip`'s family is documented to have, and Triton's `kernels`
+    where Triton is installed."""
 
-    def __init__(self, chip: Chip, ops: Any) -> None:
-        self.chip, self.ops = chip, ops
+    def __init__(self, chip: Chip, ops: Any, kernels: triton.Kernels | None = None) -> None:
+        self.chip, self.ops, self.kernels = chip, ops, kernels
         self.kept: dict[Hashable, Tensor] = {}
         self.has = {name for name, families in PRODUCTS.items() if chip.family in families}
 
@@ -263,3 +274,67 @@ class Fused:
             sparse_block_size=1, layout_query="BSND", layout_kv="BSND", sparse_mode=0, attention_mode=2,
         )[0]  # fmt: skip
         return out.squeeze(1)
+
+    def enter_streams(
+        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """ops.hyper_connections.enter. The 950's operators take FP32 parameters and 4, 6 or 8 streams."""
+        tokens, h, dim = streams.shape
+        covered = streams.dtype in _HALF and h in (4, 6, 8) and dim % 16 == 0 and dim <= 16384 and tokens <= 65536
+        if "npu_mhc_pre" in self.has and covered and tokens and 1 <= iterations <= 100:
+            if not fn.dtype == base.dtype == scale.dtype == torch.float32:
+                return None
+            x, post, logits, *_ = self.ops.npu_mhc_pre(streams, fn, scale, base, norm_eps=norm_eps, hc_eps=eps)
+            return x, post, self.ops.npu_mhc_sinkhorn(logits, eps=eps, num_iters=iterations)[0]
+        if self.kernels is None or self.chip.family not in _A2_A3:
+            return None
+        return self.kernels.enter(streams, fn, base, scale, iterations, eps, norm_eps)
+
+    def expand_streams(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor | None:
+        """ops.hyper_connections.expand. The page's formula doesn't say over which index of h_res it sums; op-plugin's
+        own test of it does (test/test_custom_ops/test_npu_mhc_post.py): the first, as comb has it."""
+        if "npu_mhc_post" in self.has and streams.dtype in _HALF and output.dtype == streams.dtype:
+            out: Tensor = self.ops.npu_mhc_post(streams, comb, output, post)
+            return out
+        if self.kernels is None or self.chip.family not in _A2_A3:
+            return None
+        return self.kernels.expand(streams, output, post, comb)
+
+    def pool(
+        self, kv: Tensor, gate: Tensor, prior_kv: Tensor | None, prior_gate: Tensor | None, ratio: int, dim: int
+    ) -> Tensor | None:
+        """ops.compress.pool."""
+        return None if self.kernels is None else self.kernels.pool(kv, gate, prior_kv, prior_gate, ratio, dim)
+
+    def pool_ring(
+        self, kv: Tensor, gate: Tensor, slots: Tensor, positions: Tensor, ratio: int, dim: int
+    ) -> Tensor | None:
+        """ops.compress.pool_ring."""
+        return None if self.kernels is None else self.kernels.pool_ring(kv, gate, slots, positions, ratio, dim)
+
+    def int4_products(
+        self, rows: Tensor, packed: Tensor, scales: Tensor, picks: Tensor, steps: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """rows [P, in] by packed INT4 weights [E, out, in/2] at picks [P], times steps [P, 1, 1] -> [P, out]."""
+        if self.kernels is None:
+            return None
+        return self.kernels.int4_products(rows, packed, scales, picks, steps, dtype)
+
+    def int4_linear(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
+        """ops.linear.integer_linear for INT4: decoded into INT8 (W4A8) or x's dtype (W4A16) for the cube's product."""
+        by_row = scale.dim() == 1
+        if self.kernels is None or (by_row and "npu_quant_matmul" not in self.has):
+            return None
+        operand = self.kernels.int4_decode(weight, None if by_row else scale, torch.int8 if by_row else x.dtype)
+        if operand is None:
+            return None
+        x = triton.split_columns(x)
+        return self.quantized_linear(x, operand, scale) if by_row else F.linear(x, operand)
+
+    def attend_cached(
+        self, q: Tensor, window: Tensor, slots: Tensor, positions: Tensor, pool: Tensor, rows: Tensor, sink: Tensor
+    ) -> Tensor | None:
+        """ops.attention.attend_cached. Before npu_sparse_flash_attention, for which keys are copied three times."""
+        if self.kernels is None:
+            return None
+        return self.kernels.attend_cached(q, window, slots, positions, pool, rows, sink)
