@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from upwell.checkpoint.expert_pages import ExpertPages
 from upwell.checkpoint.geometry import Kind
-from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
+from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
 from upwell.checkpoint.offload import Offload
 from upwell.checkpoint.parts import part_of
@@ -181,7 +181,7 @@ class _Filler:
         dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
         for parts in self.plan.experts.values():
             tensor, scale = parts["w1"][0]
-            if scale is None or scale.dtype == "F32":
+            if scale is None or scale.dtype in INTEGER_SCALE:
                 dense.append((tensor, f"experts of {tensor.dtype}"))
         for tensor, what in dense:
             raise InputError(
@@ -220,11 +220,11 @@ class _Filler:
             # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
             module.quantize_input = self.official and not path.endswith("wo_a")
             stored, own_scale = self._stored(weight, cut)
-            if own_scale is None or (self.decodes and scale.dtype != "F32"):
+            if own_scale is None or (self.decodes and scale.dtype not in INTEGER_SCALE):
                 module.weight = self._parameter(dense_weight(stored, own_scale, self.dtype).to(self.device))
                 return
             module.weight, module.scale = nn.Parameter(stored.to(self.device), False), own_scale.to(self.device)
-            module.quantize_input &= scale.dtype != "F32"  # integer weights round their input themselves
+            module.quantize_input &= scale.dtype not in INTEGER_SCALE  # integer weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
@@ -262,7 +262,7 @@ class _Filler:
             rows = Cut(rows=self.shard.inter)
             cuts = {"w1": rows, "w2": Cut(cols=self.shard.inter), "w3": rows}
         scale = parts["w1"][0][1]
-        if scale is not None and scale.dtype == "F32":
+        if scale is not None and scale.dtype in INTEGER_SCALE:
             self._set_integer_experts(module, held, parts, cuts)
             return
         if scale is not None and not self.decodes:
@@ -282,12 +282,14 @@ class _Filler:
     def _set_integer_experts(
         self, module: Experts, held: tuple[int, ...], parts: dict[str, list[Weight]], cuts: dict[str, Cut | None]
     ) -> None:
-        """INT8 or INT4 weights and their scales, stacked as grouped products take them."""
+        """INT8 or INT4 weights and their scales, stacked as grouped products take them: scales of groups lie with a
+        group's rows side by side."""
         inter = module.w13.shape[1] // 2
 
-        def stack(leaf: str, rows: int) -> list[Tensor]:
-            first = self._packed(parts[leaf][0], cuts[leaf])
-            return [torch.empty(module.n, rows, *t.shape[1:], dtype=t.dtype, device=self.device) for t in first]
+        def stack(leaf: str, rows: int) -> tuple[Tensor, Tensor]:
+            weight, scale = self._packed(parts[leaf][0], cuts[leaf])
+            scales = torch.empty(module.n, *scale.shape[1:], rows, dtype=scale.dtype, device=self.device)
+            return weight.new_empty(module.n, rows, weight.shape[1]), scales.movedim(-1, 1)
 
         (w13, s13), (w2, s2) = stack("w1", 2 * inter), stack("w2", module.w2.shape[1])
         for place, e in enumerate(held):

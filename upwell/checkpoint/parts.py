@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upwell.checkpoint.geometry import FP4_GROUP, FP8_BLOCK
-from upwell.checkpoint.match import Weight
+from upwell.checkpoint.match import INTEGER_SCALE, Weight
 from upwell.checkpoint.shards import Stored
 from upwell.errors import InputError
 from upwell.model.sharding import Cut
@@ -28,7 +28,7 @@ def part_of(files: MappedFiles, weight: Weight, cut: Cut, dtype: torch.dtype) ->
     tensor, scale = weight
     if scale is None:
         return _slice(files, tensor, cut), None
-    if scale.dtype == "F32":  # INT8: a scale a row; INT4, two codes a byte: a scale a row, or a group of a row
+    if scale.dtype in INTEGER_SCALE:  # INT8: a scale a row; INT4, two codes a byte: a scale a row, or a group of a row
         if tensor.dtype == "I8":
             return _slice(files, tensor, cut).view(torch.int8), _slice(files, scale, Cut(rows=cut.rows))
         if cut.cols is None:

@@ -22,6 +22,7 @@ from upwell.model import compiled, compiled_parallel
 from upwell.model.attention import Rope
 from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.exchange import Places, compute_own, exchange
+from upwell.model.hyper_connections import settled
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts, Gate, SharedExpert
 from upwell.model.offload import HostExperts
@@ -127,9 +128,8 @@ class _ParallelLayer(Block):
         x, streams, post, comb = self.hc_attn.enter(streams)
         x = share.gather(self.attn_norm(x)).view(*input_ids.shape, -1)
         y = share.reduce(self.attn(x, rope, cache, step).flatten(0, 1), self.ranks.heads)
-        streams = self.hc_attn.leave(streams, y, post, comb)
-        x, streams, post, comb = self.hc_ffn.enter(streams)
-        return self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), own_ids, share), post, comb)
+        x, streams, post, comb = self.hc_ffn.enter(self.hc_attn.leave(streams, y, post, comb))
+        return settled(self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), own_ids, share), post, comb))
 
 
 class ParallelBlock(_ParallelLayer):
