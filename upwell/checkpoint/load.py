@@ -116,7 +116,7 @@ class _Filler:
     ) -> None:
         self.model, self.plan, self.device, self.offload = model, plan, device, offload
         self.official = model.numerics == "official"
-        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not INT8
+        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not integers
         self.files = ReadFiles() if offload is not None and offload.experts == "disk" else MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
@@ -193,7 +193,7 @@ class _Filler:
                 return
             stored, module.scale = self._packed(weight)
             module.weight = nn.Parameter(stored, requires_grad=False)
-            module.quantize_input &= scale.dtype != "F32"  # INT8 weights round their input themselves
+            module.quantize_input &= scale.dtype != "F32"  # integer weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
@@ -218,7 +218,7 @@ class _Filler:
         experts = range(module.n)
         scale = parts["w1"][0][1]
         if scale is not None and scale.dtype == "F32":
-            self._set_int8_experts(module, parts)
+            self._set_integer_experts(module, parts)
             return
         if scale is not None and not self.decodes:
             module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
@@ -234,12 +234,15 @@ class _Filler:
             w2[e] = self._decoded(parts["w2"][e])
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
 
-    def _set_int8_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
-        """INT8 weights and their rows' scales, stacked as grouped products take them."""
+    def _set_integer_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
+        """INT8 or INT4 weights and their scales, stacked as grouped products take them."""
         inter = module.w13.shape[1] // 2
-        shapes = ((module.w13.shape, torch.int8), (module.w2.shape, torch.int8), (module.w13.shape[:2], torch.float32),
-                  (module.w2.shape[:2], torch.float32))  # fmt: skip
-        w13, w2, s13, s2 = (torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
+
+        def stack(leaf: str, rows: int) -> list[Tensor]:
+            first = self._packed(parts[leaf][0])
+            return [torch.empty(module.n, rows, *t.shape[1:], dtype=t.dtype, device=self.device) for t in first]
+
+        (w13, s13), (w2, s2) = stack("w1", 2 * inter), stack("w2", module.w2.shape[1])
         for e in range(module.n):
             w13[e, :inter], s13[e, :inter] = self._packed(parts["w1"][e])
             w13[e, inter:], s13[e, inter:] = self._packed(parts["w3"][e])
@@ -262,8 +265,8 @@ class _Filler:
         tensor, scale = weight
         assert scale is not None
         stored = self.files.tensor(tensor)
-        if scale.dtype == "F32":
-            stored = stored.view(torch.int8)  # INT8 by rows; an FP4 weight's I8 holds two codes a byte
+        if scale.dtype == "F32" and tensor.dtype == "I8":
+            stored = stored.view(torch.int8)  # INT8; FP4's I8 and INT4's U8 hold two codes a byte
         return stored.to(self.device), self._as_stored(scale)
 
     def _decoded(self, weight: Weight) -> Tensor:

@@ -122,6 +122,7 @@ class Engine:
         self._open = 0  # sequences taken and not ended
         self._taking = threading.Lock()  # over _open
         self._generated = self._prompted = 0  # tokens
+        self.before_computing: Callable[[], None] = _nothing  # called in each step
 
     @property
     def has_work(self) -> bool:
@@ -230,6 +231,7 @@ class Engine:
         """Decode one token of every running sequence and compute some prompt tokens beside it."""
         self._expire()
         batch = self.scheduler.schedule(self.budget)
+        self.before_computing()
         decode = [(sequence, 1) for sequence in batch.decode]
         began = time.perf_counter()
         shares = self.runner.computes_ragged and bool(batch.prefill)
@@ -290,8 +292,11 @@ class Engine:
             masks = [self._mask(s) for _, s in ready]
             kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
             if kept:
-                rows = sorted({ready[i][0] for i in kept})
-                logits = self.runner.logits(streams[rows])[[rows.index(ready[i][0]) for i in kept]]
+                rows = [ready[i][0] for i in kept]
+                once = list(dict.fromkeys(rows))  # forks share a row
+                logits = self.runner.logits(streams if len(once) == len(streams) else streams[once])
+                if len(once) < len(rows):
+                    logits = logits[[once.index(row) for row in rows]]
                 self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(batch))
@@ -399,6 +404,10 @@ class Engine:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, params.stops, params.skip_special_tokens)
+
+
+def _nothing() -> None:
+    """No one is told."""
 
 
 def _agreeing(draws: list[Draw], tokens: list[int]) -> int:

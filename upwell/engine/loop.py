@@ -15,13 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 class EngineThread:
-    """Starts at construction. submit() and cancel() may be called from any thread; sinks are called on this one."""
+    """Starts at construction. submit() and cancel() may be called from any thread; sinks are called on this one.
+
+    So are `couriers`, whenever something long begins: a step's computation, or waiting for requests.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._door = threading.Lock()
+        self.couriers: list[Callable[[], None]] = []
+        engine.before_computing = self._send_out
         self._thread = threading.Thread(target=self._loop, name="upwell-engine", daemon=True)
         self._thread.start()
 
@@ -62,11 +67,18 @@ class EngineThread:
             logger.exception("the engine's thread ends")
             self._stopping = True
             self.engine.fail_all(error)
+        finally:
+            self._send_out()
+
+    def _send_out(self) -> None:
+        for courier in self.couriers:
+            courier()
 
     def _turn(self) -> bool:
         """Take the commands that are there, run a step; False when there is nothing left to do and no more comes."""
         # Idle: wait for a command. Busy: take those that are there and go on.
         if not self.engine.has_work and not (self._stopping and self._commands.empty()):
+            self._send_out()
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()

@@ -12,6 +12,7 @@ the prompt is the same (n > 1), as a fork that shares the full blocks.
 from __future__ import annotations
 
 import bisect
+import time
 from dataclasses import dataclass, field
 
 from upwell.config import BLOCK_TOKENS
@@ -118,6 +119,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, table: list[int]) -> None:
         self.waiting.remove(sequence)
+        if sequence.request.scheduled_at is None:
+            sequence.request.scheduled_at = time.monotonic()
         (sequence.slot,) = self.slots.take(1)
         sequence.table, sequence.status = table, Status.PREFILL
         bisect.insort(self.running, sequence, key=lambda s: s.order)

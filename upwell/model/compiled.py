@@ -136,7 +136,7 @@ class _Builder:
             cols *= 2
         at = None
         if kind >= 2:
-            if scale is None or (kind == 3 and cols % 32):
+            if scale is None or scale.dtype == torch.float32 or (kind == 3 and cols % 32):  # FP32: INT4
                 raise _Unsupported("scale")
             at = self.address(scale.contiguous())
         return native.Matrix(self.address(weight), at, rows, cols, kind)
@@ -147,7 +147,8 @@ class _Builder:
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
         if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
-            return self.raw(dense_weight(weight, scale, torch.float32), None)
+            dense = dense_weight(weight, scale, torch.float32)
+            return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:

@@ -12,7 +12,7 @@ from upwell.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
-    """y = W x. `weight` is dense [out, in], FP8 e4m3 [out, in] or packed FP4 [out, in/2], the last two with `scale`.
+    """y = W x. `weight` is dense [out, in], or in one of the formats of ops.linear.linear, with its `scale`.
 
     `quantize_input`: round the input to FP8 per 128 values first, as the official code does in front of quantized
     weights (numerics="official").

@@ -13,7 +13,7 @@ from upwell.model.offload import Expert, HostExperts, PagedLayer
 from upwell.ops import moe_native
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import linear
-from upwell.ops.moe import expert_hidden, grouped_experts, int8_experts, route, router_scores, swiglu
+from upwell.ops.moe import expert_hidden, grouped_experts, integer_experts, route, router_scores, swiglu
 
 
 class Gate(nn.Module):
@@ -36,9 +36,10 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 ones are
-    stacked with FP32 scales of their rows; packed ones stay as the checkpoint has them, one tensor an expert, mapped
-    from its file, or paged in from it when they are chosen. `away`: they are computed on the host (offload.py)."""
+    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 and INT4
+    ones are stacked with FP32 scales (ops.moe.integer_experts); FP8 and FP4 ones stay as the checkpoint has them, one
+    tensor an expert, mapped from its file, or paged in from it when they are chosen. `away`: they are computed on the
+    host (offload.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(self.n, hidden, inter))
         self.w13_scale: Tensor | None
         self.w2_scale: Tensor | None
-        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D]
+        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D], or by groups
         self.register_buffer("w2_scale", None)
         self.packed: list[Expert] | None = None
         self.paged: PagedLayer | None = None
@@ -90,7 +91,7 @@ class Experts(nn.Module):
         if self.away is not None:
             return self.away(x, experts, weights)
         if self.w13_scale is not None and self.w2_scale is not None:
-            return int8_experts(
+            return integer_experts(
                 x, experts, weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.limit
             )
         if self.is_dense:

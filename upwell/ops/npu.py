@@ -113,13 +113,13 @@ class Fused:
         back[order] = torch.arange(order.numel(), device=order.device)
         return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
 
-    def int8_experts(
+    def integer_experts(
         self, x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
         limit: float,
     ) -> Tensor | None:  # fmt: skip
-        """ops.moe.int8_experts: the routing rounds the rows too; weights' scales as BF16, which the page asks for."""
+        """ops.moe.integer_experts in W8A8: the routing rounds the rows too; scales as BF16, as the page asks."""
         needed = {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_clipped_swiglu", "npu_dynamic_quant"}
-        if not needed <= self.has or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+        if not needed <= self.has or x.dtype != torch.bfloat16 or x.shape[0] == 0 or w13.dtype != torch.int8:
             return None
         tokens, k = experts.shape
         rows, order, counts, per_token = self.ops.npu_moe_init_routing_v2(
