@@ -5,9 +5,9 @@
 DIR gets a checkpoint at V4-Flash's layer geometry (hidden 4096, 256 experts, official FP4/FP8 formats), about 10 GiB,
 in the order in which safetensors writes; it is made once and deleted at the end unless --keep. A process with
 RLIMIT_DATA of --limit then loads it with `offload experts=disk` and decodes single tokens; every second round without
-reading ahead. After each round it reads as many bytes of random experts as the pager does (same pieces, same number at
-once) and nothing else: that speed, over the bytes of the experts that were not in memory, is what the disk allows. Peak
-resident memory is the kernel's count (VmHWM).
+reading ahead. After each round it reads again what the round read, in the same pieces, as many at once, and does nothing
+else; that speed, over the bytes of the experts that were not in memory, is what the disk allows. (The same experts, as
+a virtual disk may give some faster than others.) Peak resident memory is the kernel's count (VmHWM).
 The weights are random, so which experts a token takes is no text's: hit rates are of this benchmark alone.
 """
 
@@ -20,7 +20,6 @@ import json
 import mmap
 import os
 import platform
-import random
 import resource
 import shutil
 import statistics
@@ -33,6 +32,7 @@ from typing import Any
 
 BAR = 0.70  # of what disk bandwidth and hit rate allow
 RATIOS = (0, 4, 128)  # a layer of each attention, the first with hash routing
+SPARE = 8  # slots that the disk's speed is measured with
 VOCAB = 9216  # the head's share of a layer is then as in Flash: 129,280 rows for 43 layers
 
 
@@ -151,6 +151,7 @@ def child(directory: Path, limit: int, memory: str, rounds: int, steps: int) -> 
         llm.engine.add(llm.engine.request([6 + k, 6, 7, 8], params, lambda delta: None))
         for _ in range(2):
             llm.engine.step()
+        speed.read.clear()
         before, begin, tokens = dataclasses.replace(pages.counts), time.perf_counter(), 0
         while llm.engine.has_work:
             llm.engine.step()
@@ -158,7 +159,7 @@ def child(directory: Path, limit: int, memory: str, rounds: int, steps: int) -> 
         seconds, after = time.perf_counter() - begin, dataclasses.replace(pages.counts)
         counted = {name: value - getattr(before, name) for name, value in dataclasses.asdict(after).items()}
         if k >= 0:  # the one before fills the slots
-            disk = speed.measure(counted["read_bytes"] // pages.slot_bytes)
+            disk = speed.measure()
             samples.append({"ahead": k % 2 == 0, "tokens": tokens, "seconds": seconds, **counted, "disk_bytes_s": disk})
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
@@ -169,33 +170,42 @@ def child(directory: Path, limit: int, memory: str, rounds: int, steps: int) -> 
 
 
 class Disk:
-    """Reads random experts as the pager does, and nothing else."""
+    """Notes what the pager reads, in `read`, and reads it again."""
 
     def __init__(self, pages: Any) -> None:
         import threading
 
         from upwell.checkpoint.expert_reads import Readers
 
-        self.pages, self.lock, self.left = pages, threading.Lock(), 0
+        self.read: list[Any] = []
+        self.lock, self.left, self.slot_bytes = threading.Lock(), 0, pages.slot_bytes
         self.done = threading.Condition(self.lock)
-        self.readers = Readers(memoryview(mmap.mmap(-1, pages.slot_bytes)), self.lock, self._finished)
+        memory = mmap.mmap(-1, SPARE * self.slot_bytes)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        self.readers = Readers(memoryview(memory), self.lock, self._finished)
+        submit = pages._readers.submit
+
+        def noted(key: int, extent: Any, at: int, urgent: bool) -> Any:
+            self.read.append(extent)
+            return submit(key, extent, at, urgent)
+
+        pages._readers.submit = noted
 
     def _finished(self, load: Any) -> None:
         assert load.error is None, load.error
         self.left -= 1
         self.done.notify_all()
 
-    def measure(self, experts: int) -> float:
-        """Bytes a second of reading so many."""
-        chosen = random.choices(self.pages._extents, k=experts)
+    def measure(self) -> float:
+        """Bytes a second."""
         begin = time.perf_counter()
         with self.lock:
-            self.left = experts
-            for key, extent in enumerate(chosen):
-                self.readers.submit(key, extent, 0, urgent=True)
+            self.left = len(self.read)
+            for key, extent in enumerate(self.read):
+                self.readers.submit(key, extent, key % SPARE * self.slot_bytes, urgent=True)
             while self.left:
                 self.done.wait()
-        return sum(run.length for e in chosen for run in e.runs) / (time.perf_counter() - begin)
+        return sum(run.length for e in self.read for run in e.runs) / (time.perf_counter() - begin)
 
 
 # What it comes to.

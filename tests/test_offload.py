@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -377,3 +378,24 @@ def test_memory_stays_under_the_limit(tmp_path: Path) -> None:
     assert layer["peak"] < overhead["peak"] + dense + memory + slack
     if native.library() is not None:
         assert overhead["peak"] + dense + memory + slack < overhead["peak"] + size - (100 << 20)
+
+
+# The projection.
+
+
+def test_the_projection_is_the_sum_of_its_parts() -> None:
+    """Against the sizes in the model's description: 13,369,344 bytes an expert, 7.3 billion other parameters."""
+    spec = importlib.util.spec_from_file_location("projection", HERE.parent / "benchmarks" / "offload_projection.py")
+    assert spec is not None and spec.loader is not None
+    projection = importlib.util.module_from_spec(spec)
+    sys.modules["projection"] = projection
+    spec.loader.exec_module(projection)
+    config = ModelConfig.preset("v4-flash").with_mtp(0)
+    assert projection.expert_bytes(config) == 13369344
+    assert projection.dense_bytes(config) == pytest.approx(2 * (284.332e9 - 277.025e9 - 129280 * 4096), rel=0.01)
+    experts, card, copies = 43 * 6 * 13369344, projection.dense_bytes(config) / (1e12 * 0.6), 86 * 30e-6
+    host = card + copies + experts / (100e9 * 0.7)
+    assert projection.step_seconds(config, 1000, 100, 1) == pytest.approx(host)
+    assert projection.step_seconds(config, 1000, 100, 1, 5, 0.8) == pytest.approx(host + experts * 0.2 / 5e9)
+    rows = projection.project(config)
+    assert all((row["tok_s"] is None) == ("910B2" not in row["card"]) for row in rows)

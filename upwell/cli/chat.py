@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
                     print(event.text, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": said[Content], "reasoning_content": said[Reasoning]})
+    llm.engine.close()
     return 0
 
 
