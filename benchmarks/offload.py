@@ -5,9 +5,9 @@
 DIR gets a checkpoint at V4-Flash's layer geometry (hidden 4096, 256 experts, official FP4/FP8 formats), about 10 GiB,
 in the order in which safetensors writes; it is made once and deleted at the end unless --keep. A process with
 RLIMIT_DATA of --limit then loads it with `offload experts=disk` and decodes single tokens; every second round without
-reading ahead. After each round it reads again what the round read, in the same pieces, as many at once, and does nothing
-else; that speed, over the bytes of the experts that were not in memory, is what the disk allows. (The same experts, as
-a virtual disk may give some faster than others.) Peak resident memory is the kernel's count (VmHWM).
+reading ahead. After each round it reads again what the round read, in the same pieces, as many at once, and does
+nothing else; that speed, over the bytes of the experts that were not in memory, is what the disk allows. (The same
+experts, as a virtual disk may give some faster than others.) Peak resident memory is the kernel's count (VmHWM).
 The weights are random, so which experts a token takes is no text's: hit rates are of this benchmark alone.
 """
 
