@@ -96,7 +96,7 @@ class ReadFiles(MappedFiles):
         # As far from a cache line's start as in the mapping: a BLAS library's sums may depend on it, in the last bits.
         skew = 0 if stored.start % dtype.itemsize else stored.start % _LINE
         own = torch.empty(stored.nbytes + _LINE, dtype=torch.uint8)[skew : skew + stored.nbytes]
-        raw = own.numpy()
+        raw = own.numpy().data  # a memoryview
         with stored.file.open("rb", buffering=0) as stream:
             done = 0
             while done < stored.nbytes:
