@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from upwell.checkpoint.expert_pages import ExpertPages
 from upwell.checkpoint.geometry import Kind
-from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
+from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
 from upwell.checkpoint.offload import Offload
 from upwell.checkpoint.shards import Stored
@@ -154,7 +154,7 @@ class _Filler:
         dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
         for parts in self.plan.experts.values():
             tensor, scale = parts["w1"][0]
-            if scale is None or scale.dtype == "F32":
+            if scale is None or scale.dtype in INTEGER_SCALE:
                 dense.append((tensor, f"experts of {tensor.dtype}"))
         for tensor, what in dense:
             raise InputError(
@@ -188,12 +188,12 @@ class _Filler:
             assert isinstance(module, Linear)
             # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
             module.quantize_input = self.official and not path.endswith("wo_a")
-            if self.decodes and scale.dtype != "F32":
+            if self.decodes and scale.dtype not in INTEGER_SCALE:
                 module.weight = self._parameter(self._decoded(weight).to(self.device))
                 return
             stored, module.scale = self._packed(weight)
             module.weight = nn.Parameter(stored, requires_grad=False)
-            module.quantize_input &= scale.dtype != "F32"  # integer weights round their input themselves
+            module.quantize_input &= scale.dtype not in INTEGER_SCALE  # integer weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
@@ -217,7 +217,7 @@ class _Filler:
     def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
         experts = range(module.n)
         scale = parts["w1"][0][1]
-        if scale is not None and scale.dtype == "F32":
+        if scale is not None and scale.dtype in INTEGER_SCALE:
             self._set_integer_experts(module, parts)
             return
         if scale is not None and not self.decodes:
@@ -235,12 +235,14 @@ class _Filler:
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
 
     def _set_integer_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
-        """INT8 or INT4 weights and their scales, stacked as grouped products take them."""
+        """INT8 or INT4 weights and their scales, stacked as grouped products take them: scales of groups lie with a
+        group's rows side by side."""
         inter = module.w13.shape[1] // 2
 
-        def stack(leaf: str, rows: int) -> list[Tensor]:
-            first = self._packed(parts[leaf][0])
-            return [torch.empty(module.n, rows, *t.shape[1:], dtype=t.dtype, device=self.device) for t in first]
+        def stack(leaf: str, rows: int) -> tuple[Tensor, Tensor]:
+            weight, scale = self._packed(parts[leaf][0])
+            scales = torch.empty(module.n, *scale.shape[1:], rows, dtype=scale.dtype, device=self.device)
+            return weight.new_empty(module.n, rows, weight.shape[1]), scales.movedim(-1, 1)
 
         (w13, s13), (w2, s2) = stack("w1", 2 * inter), stack("w2", module.w2.shape[1])
         for e in range(module.n):

@@ -122,6 +122,7 @@ class Engine:
         self._open = 0  # sequences taken and not ended
         self._taking = threading.Lock()  # over _open
         self._generated = self._prompted = 0  # tokens
+        self.clock: Callable[[], float] = time.perf_counter  # by which steps are measured
         self.before_computing: Callable[[], None] = _nothing  # called in each step
 
     @property
@@ -232,18 +233,22 @@ class Engine:
         self._expire()
         batch = self.scheduler.schedule(self.budget)
         self.before_computing()
-        decode = [(sequence, 1) for sequence in batch.decode]
-        began = time.perf_counter()
-        shares = self.runner.computes_ragged and bool(batch.prefill)
+        decode = [(sequence, 1) for sequence in batch.decode if not sequence.alone]
+        prefill = [(sequence, tokens) for sequence, tokens in batch.prefill if not sequence.alone]
+        suspects = [(s, 1) for s in batch.decode if s.alone] + [(s, n) for s, n in batch.prefill if s.alone]
+        began = self.clock()
+        shares = self.runner.computes_ragged and bool(prefill)
         if self.speculator is not None and not (shares and self.speculator.rests):
-            self._speculate(self.speculator, batch.decode)
-            self._run(batch.prefill)
+            self._speculate(self.speculator, [sequence for sequence, _ in decode])
+            self._run(prefill)
         elif self.runner.computes_ragged:
-            self._run(decode + batch.prefill)
+            self._run(decode + prefill)
         else:  # padding one token to a chunk would cost a chunk
             self._run(decode)
-            self._run(batch.prefill)
-        self.budget.measured(len(decode), sum(n for _, n in batch.prefill), time.perf_counter() - began)
+            self._run(prefill)
+        for suspect in suspects:
+            self._run([suspect])
+        self.budget.measured(len(batch.decode), sum(n for _, n in batch.prefill), self.clock() - began)
         for sequence in batch.restored:
             if self.speculator is not None and sequence.restored is not None:
                 self.speculator.read(sequence, sequence.computed - 1, sequence.restored)
@@ -285,7 +290,7 @@ class Engine:
                 if is_prompt:
                     self._save(sequence, streams[row])
                 if sequence.status is Status.DECODE:
-                    forks = self.scheduler.fork(sequence) if is_prompt else []
+                    forks = self.scheduler.fork(sequence) if is_prompt and not sequence.alone else []
                     ready += [(row, s) for s in (sequence, *forks)]
                     for fork in forks:
                         self.runner.fork(sequence, fork)
@@ -299,9 +304,21 @@ class Engine:
                     logits = logits[[once.index(row) for row in rows]]
                 self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(batch))
-            for sequence in (*(s for s, _ in batch), *(s for _, s in ready)):
-                self._fail(sequence, error)
+            self._failed([*(s for s, _ in batch), *(s for _, s in ready)], error)
+
+    def _failed(self, sequences: list[Sequence], error: Exception) -> None:
+        """The model failed. One sequence fails by itself; of several each is computed again, alone, which shows whose
+        fault it was."""
+        logger.error("a step of %d sequences failed", len(sequences), exc_info=error)
+        left = [s for s in dict.fromkeys(sequences) if s.status is not Status.FINISHED]
+        if len(left) == 1:
+            self._fail(left[0], error)
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+                sequence.alone = False
+            return
+        for sequence in left:
+            sequence.alone = True
+            self.scheduler.preempt(sequence)
 
     def _speculate(self, speculator: Speculator, sequences: list[Sequence]) -> None:
         """Draft for decoding sequences, and take of each draft what the model draws too, and one token more."""
@@ -318,9 +335,7 @@ class Engine:
                 self._verify(speculator, drafts)
                 speculator.clock(drafts)
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(sequences))
-            for sequence in sequences:
-                self._fail(sequence, error)
+            self._failed(sequences, error)
 
     @torch.inference_mode()
     def _verify(self, speculator: Speculator, drafts: list[Draft]) -> None:

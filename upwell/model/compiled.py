@@ -136,7 +136,7 @@ class _Builder:
             cols *= 2
         at = None
         if kind >= 2:
-            if scale is None or scale.dtype == torch.float32 or (kind == 3 and cols % 32):  # FP32: INT4
+            if scale is None or scale.is_floating_point() or (kind == 3 and cols % 32):  # INT4
                 raise _Unsupported("scale")
             at = self.address(scale.contiguous())
         return native.Matrix(self.address(weight), at, rows, cols, kind)

@@ -37,7 +37,7 @@ class Gate(nn.Module):
 
 class Experts(nn.Module):
     """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 and INT4
-    ones are stacked with FP32 scales (ops.moe.integer_experts); FP8 and FP4 ones stay as the checkpoint has them, one
+    ones are stacked with their scales (ops.moe.integer_experts); FP8 and FP4 ones stay as the checkpoint has them, one
     tensor an expert, mapped from its file, or paged in from it when they are chosen. `away`: they are computed on the
     host (offload.py)."""
 

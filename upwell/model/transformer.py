@@ -12,7 +12,7 @@ from upwell.config import ModelConfig, Numerics
 from upwell.model import compiled
 from upwell.model.attention import Attention, Rope
 from upwell.model.cache import KVCache, LayerCache, Step
-from upwell.model.hyper_connections import HyperConnection, HyperHead
+from upwell.model.hyper_connections import HyperConnection, HyperHead, Streams, settled
 from upwell.model.layers import Linear, RMSNorm
 from upwell.model.moe import MoE
 from upwell.model.offload import Pages, expect_hash_layers
@@ -32,14 +32,14 @@ class Block(nn.Module):
         self.hc_ffn = HyperConnection(config)
 
     def forward(
-        self, streams: Tensor, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
-    ) -> Tensor:
+        self, streams: Streams, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
+    ) -> Streams:
         """streams [B*S, h, D], input_ids [B, S] -> streams."""
-        x, streams, post, comb = self.hc_attn.enter(streams)
+        x, past, post, comb = self.hc_attn.enter(streams)
         x = self.attn_norm(x).view(*input_ids.shape, -1)
-        streams = self.hc_attn.leave(streams, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
-        x, streams, post, comb = self.hc_ffn.enter(streams)
-        return self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
+        streams = self.hc_attn.leave(past, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
+        x, past, post, comb = self.hc_ffn.enter(streams)
+        return self.hc_ffn.leave(past, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
 
 
 class MTPBlock(Block):
@@ -110,9 +110,9 @@ class Transformer(nn.Module):
         """
         if self.pages is not None:
             expect_hash_layers(self, self.pages, input_ids)
-        streams = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+        embedded = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
-            own = streams.contiguous()
+            own = embedded.contiguous()
             if compiled.run_layers(plan, input_ids, own, cache, step):
                 return own
         if step is not None and step.is_ragged(input_ids):
@@ -121,10 +121,11 @@ class Transformer(nn.Module):
             at = torch.cat([b * padded.shape[1] + torch.arange(n) for b, n in enumerate(step.lengths)])
             return self.streams(padded, cache, step)[at.to(input_ids.device)]
         plain, compressed = self._ropes(input_ids, step)
+        streams: Streams = embedded
         for i, block in enumerate(self.layers):
             rope = compressed if self.config.compress_ratios[i] else plain
             streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step)
-        return streams
+        return settled(streams)
 
     @property
     def computes_ragged(self) -> bool:
@@ -170,7 +171,7 @@ class Transformer(nn.Module):
             if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth):
                 return out
         plain, _ = self._ropes(next_ids, step)
-        return block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step)
+        return settled(block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step))
 
     def _mtp_block(self, depth: int) -> MTPBlock:
         block = self.mtp[depth]

@@ -74,8 +74,8 @@ def integer_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, limit: float
 ) -> Tensor:
     """grouped_experts with integer weights: INT8 w13 [E, 2I, D], w2 [E, D, I], or INT4, packed uint8 with half the last
-    axis; FP32 scales s13 [E, 2I], s2 [E, D], then what goes into a product is rounded by token (W8A8, W4A8), or by
-    groups, [E, 2I, D/group], [E, D, I/group] (W4A16), as ops.linear has it."""
+    axis; FP32 scales s13 [E, 2I], s2 [E, D], then what goes into a product is rounded by token (W8A8, W4A8), or BF16
+    ones of groups, [E, 2I, D/group], [E, D, I/group] (W4A16), as ops.linear has it."""
     if (kernels := npu.fused(x)) is not None:
         out = kernels.integer_experts(x, experts, weights, w13, s13, w2, s2, limit)
         if out is not None:
@@ -136,6 +136,12 @@ def gathered_experts(
 
 def _of_pairs(rows: Tensor, weights: Tensor, scales: Tensor | None, picks: Tensor) -> Tensor:
     """Each row by its own expert's weight: rows [P, 1, in], weights [E, out, in], picks [P] -> [P, 1, out]."""
+    if scales is not None and weights.dtype == torch.uint8 and (kernels := npu.fused(rows)) is not None:
+        by_row = scales.dim() == 2
+        wide, step = round_to_int8(rows) if by_row else (rows, None)
+        out = kernels.int4_products(wide.squeeze(1), weights, scales, picks, step, rows.dtype)
+        if out is not None:
+            return out.unsqueeze(1)
     picked = weights[picks]
     if scales is None:
         return torch.bmm(rows, picked.transpose(1, 2))
