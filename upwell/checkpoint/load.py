@@ -151,12 +151,13 @@ class _Filler:
         self.device, self.decodes = device, decodes
 
     def _page_experts(self, offload: Offload) -> None:
-        dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
+        other = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
         for parts in self.plan.experts.values():
             tensor, scale = parts["w1"][0]
             if scale is None or scale.dtype in INTEGER_SCALE:
-                dense.append((tensor, f"experts of {tensor.dtype}"))
-        for tensor, what in dense:
+                other.append((tensor, f"experts of {tensor.dtype}"))
+        if other:
+            tensor, what = other[0]
             raise InputError(
                 f"{tensor}: {what} can't be paged from disk, only FP4 and FP8 ones",
                 "take the official checkpoint, or offload experts=host",
