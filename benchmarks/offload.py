@@ -4,9 +4,11 @@
 
 DIR gets a checkpoint at V4-Flash's layer geometry (hidden 4096, 256 experts, official FP4/FP8 formats), about 10 GiB,
 in the order in which safetensors writes; it is made once and deleted at the end unless --keep. A process with
-RLIMIT_DATA of --limit then loads it with `offload experts=disk` and decodes single tokens. After each round it reads
-random experts as the pager does (same pieces, same number at once) and nothing else: that speed, over the bytes of the
-experts that were not in memory, is what the disk allows. Peak resident memory is the kernel's count (VmHWM).
+RLIMIT_DATA of --limit then loads it with `offload experts=disk` and decodes single tokens; every second round without
+reading ahead. After each round it reads again what the round read, in the same pieces, as many at once, and does
+nothing else. The better of the speeds before and after a round, over the bytes of the experts that were not in memory,
+is what the disk allows. (The same experts, as a virtual disk may give some faster than others; before and after, as it
+may lend speed for a while.) Peak resident memory is the kernel's count (VmHWM).
 The weights are random, so which experts a token takes is no text's: hit rates are of this benchmark alone.
 """
 
@@ -19,7 +21,6 @@ import json
 import mmap
 import os
 import platform
-import random
 import resource
 import shutil
 import statistics
@@ -32,8 +33,8 @@ from typing import Any
 
 BAR = 0.70  # of what disk bandwidth and hit rate allow
 RATIOS = (0, 4, 128)  # a layer of each attention, the first with hash routing
+SPARE = 8  # slots that the disk's speed is measured with
 VOCAB = 9216  # the head's share of a layer is then as in Flash: 129,280 rows for 43 layers
-READ = 24  # experts a round that the disk's speed is measured by
 
 
 # The checkpoint.
@@ -132,7 +133,7 @@ def values(name: str, dtype: str, shape: tuple[int, ...], pool: Any, config: Any
 # The process under the limit.
 
 
-def child(directory: Path, limit: int, memory: str, rounds: int, steps: int, plain: bool) -> dict[str, Any]:
+def child(directory: Path, limit: int, memory: str, rounds: int, steps: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
 
@@ -144,42 +145,53 @@ def child(directory: Path, limit: int, memory: str, rounds: int, steps: int, pla
               max_num_seqs=1, cache_tokens=2048, enable_prefix_caching=False)  # fmt: skip
     loaded = time.perf_counter() - began
     pages: Any = llm.model.pages
-    if plain:
-        pages.expect = lambda layer, experts: None  # nothing is read ahead
-    speed = Disk(pages)
-    samples = []
-    for k in range(rounds + 1):
-        params = SamplingParams(temperature=1.0, seed=k, max_tokens=steps + 2, ignore_eos=True)
-        llm.engine.add(llm.engine.request([5 + k, 6, 7, 8], params, lambda delta: None))
+    ahead, speed, samples, before_round = pages.expect, Disk(pages), [], 0.0
+    for k in range(-1, 2 * rounds):
+        pages.expect = (lambda layer, experts: None) if k % 2 else ahead
+        params = SamplingParams(temperature=1.0, seed=k + 1, max_tokens=steps + 2, ignore_eos=True)
+        llm.engine.add(llm.engine.request([6 + k, 6, 7, 8], params, lambda delta: None))
         for _ in range(2):
             llm.engine.step()
+        speed.read.clear()
         before, begin, tokens = dataclasses.replace(pages.counts), time.perf_counter(), 0
         while llm.engine.has_work:
             llm.engine.step()
             tokens += 1
         seconds, after = time.perf_counter() - begin, dataclasses.replace(pages.counts)
         counted = {name: value - getattr(before, name) for name, value in dataclasses.asdict(after).items()}
-        if k:  # the first fills the slots
-            samples.append({"tokens": tokens, "seconds": seconds, **counted, "disk_bytes_s": speed.measure()})
+        disk = before_round, speed.measure()
+        if k >= 0:  # the first round fills the slots
+            samples.append({"ahead": k % 2 == 0, "tokens": tokens, "seconds": seconds, **counted, "disk_bytes_s": disk})
+        before_round = disk[1]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "expert_memory": memory, "slots": pages.slots, "slot_bytes": pages.slot_bytes, "load_s": loaded,
-        "read_ahead": not plain, "peak_resident": int(status["VmHWM"].split()[0]) * 1024,
+        "peak_resident": int(status["VmHWM"].split()[0]) * 1024,
         "data": int(status["VmData"].split()[0]) * 1024, "samples": samples,
     }  # fmt: skip
 
 
 class Disk:
-    """Reads random experts as the pager does, and nothing else."""
+    """Notes what the pager reads, in `read`, and reads it again."""
 
     def __init__(self, pages: Any) -> None:
         import threading
 
         from upwell.checkpoint.expert_reads import Readers
 
-        self.pages, self.lock, self.left = pages, threading.Lock(), 0
+        self.read: list[Any] = []
+        self.lock, self.left, self.slot_bytes = threading.Lock(), 0, pages.slot_bytes
         self.done = threading.Condition(self.lock)
-        self.readers = Readers(memoryview(mmap.mmap(-1, pages.slot_bytes)), self.lock, self._finished)
+        memory = mmap.mmap(-1, SPARE * self.slot_bytes)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        self.readers = Readers(memoryview(memory), self.lock, self._finished)
+        submit = pages._readers.submit
+
+        def noted(key: int, extent: Any, at: int, urgent: bool) -> Any:
+            self.read.append(extent)
+            return submit(key, extent, at, urgent)
+
+        pages._readers.submit = noted
 
     def _finished(self, load: Any) -> None:
         assert load.error is None, load.error
@@ -188,29 +200,30 @@ class Disk:
 
     def measure(self) -> float:
         """Bytes a second."""
-        chosen = random.sample(self.pages._extents, READ)
         begin = time.perf_counter()
         with self.lock:
-            self.left = READ
-            for key, extent in enumerate(chosen):
-                self.readers.submit(key, extent, 0, urgent=True)
+            self.left = len(self.read)
+            for key, extent in enumerate(self.read):
+                self.readers.submit(key, extent, key % SPARE * self.slot_bytes, urgent=True)
             while self.left:
                 self.done.wait()
-        return sum(run.length for e in chosen for run in e.runs) / (time.perf_counter() - begin)
+        return sum(run.length for e in self.read for run in e.runs) / (time.perf_counter() - begin)
 
 
 # What it comes to.
 
 
-def summary(run: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the rounds. `allowed`: tokens a second if the disk did nothing but read what was missed."""
+def summary(run: dict[str, Any], ahead: bool) -> dict[str, Any]:
+    """Medians over the rounds with or without reading ahead. `allowed`: tokens a second if the disk did nothing but
+    read what was missed."""
     rows = []
-    for sample in run["samples"]:
+    for sample in (s for s in run["samples"] if s["ahead"] == ahead):
         missed = (sample["requests"] - sample["hits"]) * run["slot_bytes"]
-        allowed = sample["disk_bytes_s"] * sample["tokens"] / missed
+        disk = max(sample["disk_bytes_s"])
+        allowed = disk * sample["tokens"] / missed
         rate = sample["tokens"] / sample["seconds"]
         rows.append({"rate": rate, "allowed": allowed, "share": rate / allowed,
-                     "hit_rate": sample["hits"] / sample["requests"], "disk_bytes_s": sample["disk_bytes_s"],
+                     "hit_rate": sample["hits"] / sample["requests"], "disk_bytes_s": disk,
                      "guesses_right": sample["needed"] / max(1, sample["expected"])})  # fmt: skip
     out: dict[str, Any] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     out["share_all"] = sorted(row["share"] for row in rows)
@@ -241,29 +254,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="tokens a round (default: 24)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2, metavar=("MEMORY", "PLAIN"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", metavar="MEMORY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     from upwell.checkpoint.offload import parse_size
 
     limit = parse_size(args.limit)
     if args.child:
-        memory, plain = args.child
-        print(json.dumps(child(args.directory, limit, memory, args.rounds, args.steps, plain == "plain")))
+        print(json.dumps(child(args.directory, limit, args.child, args.rounds, args.steps)))
         return
     size = make(args.directory)
     print(f"{size / 2**30:.2f} GiB of tensors, limit {limit / 2**30:.2f} GiB", flush=True)
     runs = []
     try:
         for memory in args.expert_memory:
-            for plain in ("ahead", "plain"):
-                command = [sys.executable, __file__, *sys.argv[1:], "--child", memory, plain]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(done.stderr)
-                run = json.loads(done.stdout)
-                run |= {"summary": summary(run), "page_cache": cached(args.directory)}
-                runs.append(run)
-                show(run, limit)
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--child", memory], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            run = json.loads(done.stdout)
+            run |= {"read_ahead": summary(run, True), "not_ahead": summary(run, False)}
+            run["page_cache"] = cached(args.directory)
+            runs.append(run)
+            show(run, limit)
     finally:
         if not args.keep:
             shutil.rmtree(args.directory)
@@ -272,14 +285,14 @@ def main() -> None:
 
 
 def show(run: dict[str, Any], limit: int) -> None:
-    s = run["summary"]
-    way = "read ahead" if run["read_ahead"] else "no reading ahead"
-    rates, shares = s["rate_all"], s["share_all"]
-    print(f"experts in {run['expert_memory']} ({run['slots']} slots), {way}: {s['rate']:.2f} tok/s ({rates[0]:.2f} .. "
-          f"{rates[-1]:.2f}), hit rate {s['hit_rate']:.2f}, disk {s['disk_bytes_s'] / 1e9:.2f} GB/s, {s['share']:.0%} "
-          f"({shares[0]:.0%} .. {shares[-1]:.0%}) of the {s['allowed']:.2f} tok/s it allows, guesses right "
-          f"{s['guesses_right']:.2f}; peak {run['peak_resident'] / 2**30:.2f} of {limit / 2**30:.2f} GiB, "
-          f"{run['page_cache'] / 2**20:.0f} MiB of the shards in the page cache", flush=True)  # fmt: skip
+    print(f"experts in {run['expert_memory']}, {run['slots']} of them: peak {run['peak_resident'] / 2**30:.2f} of "
+          f"{limit / 2**30:.2f} GiB, {run['page_cache'] / 2**20:.0f} MiB of the shards in the page cache")  # fmt: skip
+    for name in ("read_ahead", "not_ahead"):
+        s = run[name]
+        rates, shares = s["rate_all"], s["share_all"]
+        print(f"  {name}: {s['rate']:.2f} tok/s ({rates[0]:.2f} .. {rates[-1]:.2f}), hit rate {s['hit_rate']:.2f}, "
+              f"disk {s['disk_bytes_s'] / 1e9:.2f} GB/s allows {s['allowed']:.2f} tok/s: {s['share']:.0%} "
+              f"({shares[0]:.0%} .. {shares[-1]:.0%}), guesses right {s['guesses_right']:.2f}", flush=True)  # fmt: skip
 
 
 def record(size: int, limit: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -294,7 +307,7 @@ def record(size: int, limit: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "build": {"upwell": upwell.__version__, "commit": _commit(), "torch": torch.__version__,
                   "python": platform.python_version(), "kernels": native.describe()},
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                    "system": platform.platform()},
+                    "load_average": os.getloadavg(), "system": platform.platform()},
         "checkpoint_bytes": size, "limit_bytes": limit, "bar": BAR, "runs": runs,
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -335,20 +336,22 @@ def test_sizes() -> None:
 
 CHILD = """
 import json, resource, sys, torch
-from upwell.checkpoint import load_model
-from upwell.checkpoint.offload import Offload
+from upwell import LLM, SamplingParams
 directory, memory, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 torch.set_num_threads(1)
-model = load_model(directory, offload=Offload("disk", memory))
-with torch.inference_mode():
-    for token in range(12):
-        model.layers[0].ffn.gate.bias.zero_()[(6 * token + torch.arange(6)) % 24] = 1  # each token takes six others
-        finite = bool(model(torch.tensor([[token]])).isfinite().all())
+llm = LLM(directory, dtype=torch.float32, device="cpu", offload="experts=disk", expert_memory=memory, max_num_seqs=1,
+          cache_tokens=256, enable_prefix_caching=False)
+model = llm.model
+for token in range(6):
+    with torch.no_grad():
+        model.layers[0].ffn.gate.bias.zero_()[(6 * token + torch.arange(6)) % 24] = 1  # each takes six others
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    made = len(llm.generate([{"prompt_token_ids": [token]}], params)[0].token_ids)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 told = {name: int(status[key].split()[0]) * 1024 for name, key in (("peak", "VmHWM"), ("data", "VmData"))}
-print(json.dumps({**told, "finite": finite, "slots": model.pages.slots, "misses": model.pages.counts.read_bytes}))
+print(json.dumps({**told, "made": made, "slots": model.pages.slots, "misses": model.pages.counts.read_bytes}))
 """
 
 
@@ -358,7 +361,7 @@ def test_memory_stays_under_the_limit(tmp_path: Path) -> None:
     write_random_checkpoint(SMALL, tmp_path / "small")
     experts = 24 * 3 * (2048 * 4096 // 2 + 2048 * 4096 // 32)
     assert experts > 300 << 20
-    memory, slack = 90 << 20, 100 << 20
+    memory, slack = 90 << 20, (100 if native.library() is not None else 600) << 20  # plain decodes whole matrices
 
     def run(name: str, given: int, limit: int) -> dict[str, Any]:
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
@@ -370,6 +373,29 @@ def test_memory_stays_under_the_limit(tmp_path: Path) -> None:
     overhead = run("small", 1 << 20, 0)  # Python, torch, threads
     dense = size - experts
     layer = run("layer", memory, overhead["data"] + dense + memory + slack)
-    assert layer["finite"] and layer["slots"] == 7
+    assert layer["made"] == 2 and layer["slots"] == 7
     assert layer["misses"] > memory
-    assert layer["peak"] < overhead["peak"] + dense + memory + slack < overhead["peak"] + size - 100 * 2**20
+    assert layer["peak"] < overhead["peak"] + dense + memory + slack
+    if native.library() is not None:
+        assert overhead["peak"] + dense + memory + slack < overhead["peak"] + size - (100 << 20)
+
+
+# The projection.
+
+
+def test_the_projection_is_the_sum_of_its_parts() -> None:
+    """Against the sizes in the model's description: 13,369,344 bytes an expert, 7.3 billion other parameters."""
+    spec = importlib.util.spec_from_file_location("projection", HERE.parent / "benchmarks" / "offload_projection.py")
+    assert spec is not None and spec.loader is not None
+    projection = importlib.util.module_from_spec(spec)
+    sys.modules["projection"] = projection
+    spec.loader.exec_module(projection)
+    config = ModelConfig.preset("v4-flash").with_mtp(0)
+    assert projection.expert_bytes(config) == 13369344
+    assert projection.dense_bytes(config) == pytest.approx(2 * (284.332e9 - 277.025e9 - 129280 * 4096), rel=0.01)
+    experts, card, copies = 43 * 6 * 13369344, projection.dense_bytes(config) / (1e12 * 0.6), 86 * 30e-6
+    host = card + copies + experts / (100e9 * 0.7)
+    assert projection.step_seconds(config, 1000, 100, 1) == pytest.approx(host)
+    assert projection.step_seconds(config, 1000, 100, 1, 5, 0.8) == pytest.approx(host + experts * 0.2 / 5e9)
+    rows = projection.project(config)
+    assert all((row["tok_s"] is None) == ("910B2" not in row["card"]) for row in rows)

@@ -8,6 +8,7 @@ layer is expected to need are read ahead, after all that is needed now.
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import threading
@@ -25,6 +26,8 @@ from upwell.checkpoint.expert_reads import Extent, Load, Readers
 from upwell.checkpoint.match import Weight
 from upwell.errors import CheckpointError, EngineError, InputError
 from upwell.ops.experts_native import LEAVES, Places
+
+logger = logging.getLogger(__name__)
 
 HALF_LIFE = 64  # steps after which a use counts half
 _LARGEST = 1e200
@@ -99,6 +102,8 @@ class ExpertPages:
         )  # fmt: skip
         weakref.finalize(self, self._readers.close)
         self._usage = usage
+        if usage is not None and not usage.parent.is_dir():
+            raise InputError(f"expert_usage {usage}: no such directory", "make it first")
         if usage is not None and usage.exists():
             self._read_usage(usage)
 
@@ -134,10 +139,9 @@ class ExpertPages:
             self._give_back()
             while True:
                 if self._failed is not None:
-                    failed, error = self._failed, self._failed.error
+                    name, error = self._names[self._failed.key], self._failed.error
                     self._end()
-                    assert error is not None
-                    raise EngineError(f"an expert can't be read from disk: {self._names[failed.key]}: {error.strerror}")
+                    raise EngineError(f"an expert can't be read from disk: {name}: {getattr(error, 'strerror', error)}")
                 ready = [key for key in self._wanted if self._slot_of[key] >= 0 and key not in self._loads]
                 if ready:
                     break
@@ -194,8 +198,11 @@ class ExpertPages:
         if self._usage is not None:
             layers = self._uses.reshape(-1, self.count) / max(self._uses.max(), 1e-300)
             new = self._usage.with_name(self._usage.name + ".new")
-            new.write_text(json.dumps({"uses": [[round(u, 6) for u in row] for row in layers.tolist()]}) + "\n")
-            os.replace(new, self._usage)
+            try:
+                new.write_text(json.dumps({"uses": [[round(u, 6) for u in row] for row in layers.tolist()]}) + "\n")
+                os.replace(new, self._usage)
+            except OSError as error:
+                logger.warning("experts' uses aren't kept: %s", error)
 
     # All below runs under the guard.
 

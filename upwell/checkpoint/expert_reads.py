@@ -81,7 +81,7 @@ class Load:
     pieces: deque[Run]
     left: int = 0
     started: bool = False
-    error: OSError | None = None
+    error: Exception | None = None
     urgent: bool = False
 
 
@@ -167,16 +167,15 @@ class Readers:
             load.left -= len(load.pieces)
             load.pieces.clear()
 
-    def _read(self, piece: Run) -> OSError | None:
-        for attempt in (1, 2):  # once more: some errors pass
+    def _read(self, piece: Run) -> Exception | None:
+        failed: Exception | None = None
+        for _ in range(2):  # once more: some errors pass
             try:
                 self._read_whole(piece)
                 return None
-            except OSError as error:
-                failed = OSError(error.errno, error.strerror or "read error", str(piece.file))
-                if attempt == 2:
-                    return failed
-        return None
+            except Exception as error:  # whatever it is, someone waits for this piece
+                failed = error
+        return failed
 
     def _read_whole(self, piece: Run) -> None:
         file, direct = self._open(piece.file)

@@ -122,7 +122,7 @@ class ReadFiles(MappedFiles):
         # As far from a cache line's start as in the mapping: a BLAS library's sums may depend on it, in the last bits.
         skew = 0 if stored.start % dtype.itemsize else stored.start % _LINE
         own = torch.empty(stored.nbytes + _LINE, dtype=torch.uint8)[skew : skew + stored.nbytes]
-        raw = own.numpy()
+        raw = own.numpy().data  # a memoryview
         with stored.file.open("rb", buffering=0) as stream:
             done = 0
             while done < stored.nbytes:
@@ -178,12 +178,13 @@ class _Filler:
         self.device, self.decodes = device, decodes
 
     def _page_experts(self, offload: Offload) -> None:
-        dense = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
+        other = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
         for parts in self.plan.experts.values():
             tensor, scale = parts["w1"][0]
             if scale is None or scale.dtype in INTEGER_SCALE:
-                dense.append((tensor, f"experts of {tensor.dtype}"))
-        for tensor, what in dense:
+                other.append((tensor, f"experts of {tensor.dtype}"))
+        if other:
+            tensor, what = other[0]
             raise InputError(
                 f"{tensor}: {what} can't be paged from disk, only FP4 and FP8 ones",
                 "take the official checkpoint, or offload experts=host",
