@@ -22,6 +22,23 @@ INLINE Vec load_part(const float* p, int n) {
 }
 INLINE void store_part(float* p, Vec v, int n) { __builtin_memcpy(p, &v, sizeof(float) * n); }
 
+// To an aligned place that isn't read soon: past the cache where the instruction set can. finish_past_cache() comes
+// before other threads are told.
+INLINE void store_past_cache(float* p, Vec v) {
+#if VECTOR_BYTES == 64
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif VECTOR_BYTES == 32
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+INLINE void finish_past_cache() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 INLINE float sum_lanes(Vec v) {
 #if VECTOR_BYTES == 64
   typedef float V8 __attribute__((vector_size(32)));
@@ -115,6 +132,38 @@ INLINE Vec exp_below(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   return p * reinterpret_cast<Vec>((reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic) + 127) << 23);
+}
+
+INLINE Vec square_root(Vec v) {
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+INLINE Vec larger(Vec a, Vec b) {  // b where either is NaN
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+// 2^x of x <= 0 (or NaN): what a softmax needs. 0 below -126.
+INLINE Vec exp2_below(Vec x) {
+  const Vec magic = splat(12582912.0f), shifted = x + magic, r = x - (shifted - magic);
+  Vec p = splat(1.33952310e-3f);
+  p = p * r + 9.61837694e-3f;
+  p = p * r + 5.55033238e-2f;
+  p = p * r + 2.40226463e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+  return select(x < -126.0f, zero(), reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23)));
 }
 
 // log(1 + e^x), by log1p(u) = 2 atanh(u / (2 + u)).

@@ -43,12 +43,12 @@ struct AttentionTiling {
     near = window - 1 + chunk;
     near_width = odd_lines(near + kTrainingLine);
     far_width = odd_lines(a.entry_count + kTrainingLine);
-    score_width = odd_lines(whole_lines(window - 1 + tokens) + whole_lines(a.entry_count));
+    score_width = odd_lines(whole_lines(window - 1 + tokens) + whole_lines(a.entry_count) + kTrainingLine);
   }
   int64_t workspace_floats(const AttentionTraining& a) const {
     const int64_t rows = tokens * a.heads, keys = near + a.entry_count;
     return 2 * keys * padded_dim + a.dim * (near_width + far_width) + 3 * rows * padded_dim +
-           2 * rows * score_width + 2 * tokens * whole_lines(a.rope) + rows + 16 * kTrainingLine;
+           2 * rows * score_width + 2 * tokens * whole_lines(a.rope) + 3 * rows + 16 * kTrainingLine;
   }
 };
 
@@ -104,6 +104,8 @@ struct StreamKernels {
                          float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim, int64_t from,
                          int64_t to);
 };
+// Tokens that go through a stream kernel together: their streams stay in the cache between its passes.
+constexpr int64_t kMixTokens = 32;
 constexpr int64_t kMaxStreams = 4;  // ops/hc_autograd.py knows it too
 
 inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {

@@ -4,27 +4,42 @@
 
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kPanelColumns = kTileVecs * kLanes;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;  // weights are made as powers of two
+
+// Two products into one sum, of the same shape: the second pair is null where there is one only.
+struct Factors {
+  const float *a, *b, *a2, *b2;
+  int64_t a_row, a_step, b_row;
+  void move(int64_t rows, int64_t columns) {
+    a += rows * a_row, b += columns;
+    if (a2 != nullptr) a2 += rows * a_row, b2 += columns;
+  }
+};
 
 // C [M, N vectors] (+)= A [M, depth] B [depth, N vectors], the tile in registers.
 template <int M, int N>
-INLINE void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
-                 int64_t c_row, int64_t depth, bool add) {
+INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
   Vec sum[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec right[N];
+  auto steps = [&](const float* a, const float* b) {
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec right[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) right[n] = load(b + k * b_row + n * kLanes);
+      for (int n = 0; n < N; ++n) right[n] = load(b + k * f.b_row + n * kLanes);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vec left = splat(a[m * a_row + k * a_step]);
+      for (int m = 0; m < M; ++m) {
+        const Vec left = splat(a[m * f.a_row + k * f.a_step]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
+        for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
+      }
     }
-  }
+  };
+  steps(f.a, f.b);
+  if (f.a2 != nullptr) steps(f.a2, f.b2);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -32,32 +47,35 @@ INLINE void tile(const float* a, int64_t a_row, int64_t a_step, const float* b, 
 }
 
 template <int N>
-static void product_panel(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
-                          int64_t c_row, int64_t rows, int64_t depth, bool add) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    tile<kTileRows, N>(a + i * a_row, a_row, a_step, b, b_row, c + i * c_row, c_row, depth, add);
-  a += i * a_row, c += i * c_row;
-  switch (rows - i) {
-    case 1: return tile<1, N>(a, a_row, a_step, b, b_row, c, c_row, depth, add);
-    case 2: return tile<2, N>(a, a_row, a_step, b, b_row, c, c_row, depth, add);
-    case 3: return tile<3, N>(a, a_row, a_step, b, b_row, c, c_row, depth, add);
-    case 4: return tile<4, N>(a, a_row, a_step, b, b_row, c, c_row, depth, add);
-    case 5: return tile<5, N>(a, a_row, a_step, b, b_row, c, c_row, depth, add);
+static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
+  for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    const int64_t count = (rows + tiles - 1) / tiles;
+    switch (count) {
+      case 1: tile<1, N>(f, c, c_row, depth, add); break;
+      case 2: tile<2, N>(f, c, c_row, depth, add); break;
+      case 3: tile<3, N>(f, c, c_row, depth, add); break;
+      case 4: tile<4, N>(f, c, c_row, depth, add); break;
+      case 5: tile<5, N>(f, c, c_row, depth, add); break;
+      default: tile<6, N>(f, c, c_row, depth, add);
+    }
+    f.move(count, 0), c += count * c_row, rows -= count;
   }
 }
 
 // C [rows, columns up to a whole vector] (+)= A [rows, depth] B [depth, columns]; A(i, k) at a[i * a_row + k * a_step].
+static void product(Factors f, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  int64_t left = (columns + kLanes - 1) / kLanes;
+  for (; left >= kTileVecs; left -= kTileVecs, f.move(0, kPanelColumns), c += kPanelColumns)
+    product_panel<kTileVecs>(f, c, c_row, rows, depth, add);
+  switch (left) {
+    case 1: return product_panel<1>(f, c, c_row, rows, depth, add);
+    case 2: return product_panel<2>(f, c, c_row, rows, depth, add);
+    case 3: return product_panel<3>(f, c, c_row, rows, depth, add);
+  }
+}
 static void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
-  int64_t left = (columns + kLanes - 1) / kLanes;
-  for (; left >= kTileVecs; left -= kTileVecs, b += kTileVecs * kLanes, c += kTileVecs * kLanes)
-    product_panel<kTileVecs>(a, a_row, a_step, b, b_row, c, c_row, rows, depth, add);
-  switch (left) {
-    case 1: return product_panel<1>(a, a_row, a_step, b, b_row, c, c_row, rows, depth, add);
-    case 2: return product_panel<2>(a, a_row, a_step, b, b_row, c, c_row, rows, depth, add);
-    case 3: return product_panel<3>(a, a_row, a_step, b, b_row, c, c_row, rows, depth, add);
-  }
+  product({a, b, nullptr, nullptr, a_row, a_step, b_row}, c, c_row, rows, columns, depth, add);
 }
 
 // x [n], pairs as complex numbers, times the turn: c = (cos, cos) and s = (-sin, sin) of each pair, whole lines.
@@ -69,9 +87,30 @@ INLINE void turn_back(float* x, const float* c, const float* s, int64_t n) {
 }
 INLINE float head_scale(const float* x, int64_t n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / n + eps); }
 INLINE float max_lanes(Vec v) {
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+#if VECTOR_BYTES == 64
+  v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+#elif VECTOR_BYTES == 32
+  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+#else
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+#endif
+  return larger(v, swap_pairs(v))[0];
+}
+// out[i] = <a_i, b_i> of rows a and b.
+static void row_dots(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t dim, int64_t rows,
+                     float* out) {
+  int64_t i = 0;
+  for (; i + 4 <= rows && dim % kLanes == 0; i += 4, a += 4 * a_row, b += 4 * b_row) {
+    Vec sum[4] = {};
+    for (int64_t k = 0; k < dim; k += kLanes)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) sum[n] += load(a + n * a_row + k) * load(b + n * b_row + k);
+    sum_four(sum[0], sum[1], sum[2], sum[3], out + i);
+  }
+  for (; i < rows; ++i, a += a_row, b += b_row) out[i] = dot(a, b, dim);
 }
 INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -84,7 +123,7 @@ struct AttentionBlocks {
   float *near_keys, *far_keys, *near_turned, *far_turned;  // keys as rows, and transposed
   float *near_grads, *far_grads;
   float *q, *grad, *made, *scores, *slopes, *c, *s;
-  float *per_row;
+  float *norms, *sums, *sinks;
   // The chunk at hand: sequence, first window key, window keys, entries.
   int64_t sequence = 0, low = 0, near_count = 0, far_count = 0;
   // The block at hand: tokens [begin, end), first window key, counts of keys, where entries' scores begin.
@@ -92,7 +131,7 @@ struct AttentionBlocks {
 
   AttentionBlocks(const AttentionTraining& call, float* workspace)
       : a(call), tiling(call), heads(call.heads), dim(call.dim), padded(tiling.padded_dim),
-        scale(1.0f / std::sqrt(float(call.dim))) {
+        scale(kLog2E / std::sqrt(float(call.dim))) {
     const int64_t most = tiling.tokens * heads;
     auto take = [&](int64_t floats) {
       float* part = workspace;
@@ -104,8 +143,9 @@ struct AttentionBlocks {
     near_turned = take(dim * tiling.near_width), far_turned = take(dim * tiling.far_width);
     q = take(most * padded), grad = take(most * padded), made = take(most * padded);
     scores = take(most * tiling.score_width), slopes = take(most * tiling.score_width);
-    per_row = take(most);
+    norms = take(most), sums = take(most), sinks = take(most);
     c = take(tiling.tokens * whole_lines(a.rope)), s = take(tiling.tokens * whole_lines(a.rope));
+    for (int64_t row = 0; row < most; ++row) sinks[row] = a.sink[row % heads] * kLog2E;
   }
 
   void copy_keys(const float* from, int64_t count, float* keys, float* turned, int64_t width) {
@@ -135,7 +175,7 @@ struct AttentionBlocks {
       for (begin = start; begin < stop; begin = end) {
         end = begin + tiling.tokens < stop ? begin + tiling.tokens : stop;
         rows = (end - begin) * heads;
-        first = begin < tiling.window ? 0 : begin - tiling.window + 1;
+        first = oldest(begin);
         near = end - first;
         far = visible(end);
         far_at = whole_vectors(near);
@@ -150,6 +190,7 @@ struct AttentionBlocks {
     if (a.ratio == 0) return 0;
     return tokens / a.ratio < a.entry_count ? tokens / a.ratio : a.entry_count;
   }
+  int64_t oldest(int64_t t) const { return t < tiling.window ? 0 : t - tiling.window + 1; }
   int64_t token() const { return sequence * a.steps + begin; }
   int64_t used() const { return far_at + whole_vectors(far); }
 
@@ -164,11 +205,10 @@ struct AttentionBlocks {
   }
   // Queries normed, scaled and rotated into q.
   void copy_queries() {
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* x = a.q + (token() * heads + row) * dim;
-      const float factor = head_scale(x, dim, float(a.eps)) * scale;
-      copy_row(x, q + row * padded, factor, row);
-    }
+    const float* x = a.q + token() * heads * dim;
+    row_dots(x, dim, x, dim, dim, rows, norms);
+    map(norms, norms, rows, [&](Vec v, int64_t) { return 1.0f / square_root(v / float(dim) + float(a.eps)); });
+    for (int64_t row = 0; row < rows; ++row) copy_row(x + row * dim, q + row * padded, norms[row] * scale, row);
   }
   void copy_row(const float* x, float* to, float factor, int64_t row) {
     map(to, x, dim, [&](Vec v, int64_t) { return v * factor; });
@@ -176,10 +216,17 @@ struct AttentionBlocks {
     turn(to + dim - a.rope, c + at, s + at, a.rope);
     for (int64_t k = dim; k < padded; ++k) to[k] = 0.0f;
   }
-  // x (queries or gradients of outputs) times every key, into `to`.
+  // x (queries or gradients of outputs) times every key that a token sees, into `to`.
   void multiply_keys(const float* x, float* to) {
     const int64_t width = tiling.score_width;
-    product(x, padded, 1, near_turned + (first - low), tiling.near_width, to, width, rows, near, dim, false);
+    for (int64_t j = 0; j < near; j += kPanelColumns)  // a panel of keys stays in L1 for all tokens
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t row = (t - begin) * heads, key = oldest(t), left = t + 1 - key - j;
+        if (left > 0)
+          product(x + row * padded, padded, 1, near_turned + (key - low) + j, tiling.near_width,
+                  to + row * width + (key - first) + j, width, heads, left < kPanelColumns ? left : kPanelColumns, dim,
+                  false);
+      }
     if (far) product(x, padded, 1, far_turned, tiling.far_width, to + far_at, width, rows, far, dim, false);
   }
   // -inf where a query doesn't see a key, padding included.
@@ -188,8 +235,7 @@ struct AttentionBlocks {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t t = begin + row / heads;
       float* x = scores + row * tiling.score_width;
-      const int64_t oldest = (t < tiling.window ? 0 : t - tiling.window + 1) - first;
-      for (int64_t j = 0; j < oldest; ++j) x[j] = none;
+      for (int64_t j = 0; j < oldest(t) - first; ++j) x[j] = none;
       for (int64_t j = t + 1 - first; j < far_at; ++j) x[j] = none;
       for (int64_t j = far_at + visible(t + 1); j < used(); ++j) x[j] = none;
     }
@@ -200,11 +246,83 @@ struct AttentionBlocks {
     product(weights, width, 1, near_keys + (first - low) * padded, padded, made, padded, rows, padded, near, false);
     if (far) product(weights + far_at, width, 1, far_keys, padded, made, padded, rows, padded, far, true);
   }
-  // Adds weights^T x to the keys' gradients.
-  void add_key_grads(const float* weights, const float* x) {
+  // Adds scores^T grad + slopes^T q to the keys' gradients.
+  void add_key_grads() {
     const int64_t width = tiling.score_width;
-    product(weights, 1, width, x, padded, near_grads + (first - low) * padded, padded, near, padded, rows, true);
-    if (far) product(weights + far_at, 1, width, x, padded, far_grads, padded, far, padded, rows, true);
+    product({scores, grad, slopes, q, 1, width, padded}, near_grads + (first - low) * padded, padded, near, padded,
+            rows, true);
+    if (far)
+      product({scores + far_at, grad, slopes + far_at, q, 1, width, padded}, far_grads, padded, far, padded, rows,
+              true);
+  }
+  // Scores become 2^(score - highest); `sums` are theirs and the sink's; their logarithms are handed out.
+  void soften() {
+    float* log_sums = a.log_sum + token() * heads;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* x = scores + row * tiling.score_width;
+      Vec most = splat(sinks[row]), total = zero();
+      const int64_t end = used();
+      for (int64_t j = 0; j < end; j += kLanes) most = larger(load(x + j), most);
+      const float top = max_lanes(most);
+      for (int64_t j = 0; j < end; j += kLanes) {
+        const Vec v = exp2_below(load(x + j) - top);
+        total += v;
+        store(x + j, v);
+      }
+      sums[row] = sum_lanes(total);
+      log_sums[row] = top;
+    }
+    map(sums, sums, rows, [&](Vec sum, int64_t i) {
+      return sum + exp2_below(load_at(sinks, i, rows) - load_at(log_sums, i, rows));
+    });
+    for (int64_t row = 0; row < rows; ++row) log_sums[row] += std::log2(sums[row]);
+  }
+  // Scores become weights, and `slopes` (gradients of weights) those of scores; the sink's gradients are added.
+  void harden(float* grad_sink) {
+    const float* log_sums = a.log_sum + token() * heads;
+    for (int64_t row = 0; row < rows; ++row) {
+      float *x = scores + row * tiling.score_width, *slope = slopes + row * tiling.score_width;
+      const float log_sum = log_sums[row], mean = sums[row] * kLn2;
+      for (int64_t j = 0, end = used(); j < end; j += kLanes) {
+        const Vec p = exp2_below(load(x + j) - log_sum);
+        store(x + j, p);
+        store(slope + j, p * (load(slope + j) * kLn2 - mean));
+      }
+    }
+    map(sums, sums, rows, [&](Vec mean, int64_t i) {
+      return mean * exp2_below(load_at(sinks, i, rows) - load_at(log_sums, i, rows));
+    });
+    for (int64_t row = 0; row < rows; ++row) grad_sink[row % heads] -= sums[row];
+  }
+  void put_outputs() {
+    for (int64_t row = 0; row < rows; ++row) {
+      float* to = a.out + (token() * heads + row) * dim;
+      const float factor = 1.0f / sums[row];
+      map(to, made + row * padded, dim, [&](Vec v, int64_t) { return v * factor; });
+      const int64_t at = row / heads * whole_lines(a.rope);
+      turn_back(to + dim - a.rope, c + at, s + at, a.rope);
+    }
+  }
+  // Gradients of outputs, turned; `sums` becomes <gradient, output>, which is also the mean slope under the softmax.
+  void copy_gradients() {
+    const float* g = a.grad + token() * heads * dim;
+    row_dots(g, dim, a.out + token() * heads * dim, dim, dim, rows, sums);
+    for (int64_t row = 0; row < rows; ++row) copy_row(g + row * dim, grad + row * padded, 1.0f, row);
+  }
+  // From gradients of normed and turned queries to raw ones'.
+  void put_query_grads() {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row / heads * whole_lines(a.rope);
+      turn_back(made + row * padded + dim - a.rope, c + at, s + at, a.rope);
+    }
+    const float* x = a.q + token() * heads * dim;
+    row_dots(made, padded, x, dim, dim, rows, sums);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float r = norms[row], through_norm = sums[row] / dim * r * r, factor = r * scale;
+      const float *g = made + row * padded, *in = x + row * dim;
+      map(a.grad_q + (token() * heads + row) * dim, g, dim,
+          [&](Vec v, int64_t i) { return (v - load_at(in, i, dim) * through_norm) * factor; });
+    }
   }
 };
 
@@ -214,33 +332,9 @@ static void train_attention_forward(const AttentionTraining& a, int64_t from, in
     b.copy_queries();
     b.multiply_keys(b.q, b.scores);
     b.hide();
-    float* inverse = b.per_row;
-    for (int64_t row = 0; row < b.rows; ++row) {
-      float* x = b.scores + row * b.tiling.score_width;
-      const float sink = a.sink[row % b.heads];
-      Vec most = splat(sink), total = zero();
-      for (int64_t j = 0; j < b.used(); j += kLanes) {
-        const Vec v = load(x + j);
-        most = select(v > most, v, most);
-      }
-      const float top = max_lanes(most);
-      for (int64_t j = 0; j < b.used(); j += kLanes) {
-        const Vec v = exp_vec(load(x + j) - top);
-        total += v;
-        store(x + j, v);
-      }
-      const float sum = sum_lanes(total) + std::exp(sink - top);
-      inverse[row] = 1.0f / sum;
-      a.log_sum[b.token() * b.heads + row] = top + std::log(sum);
-    }
+    b.soften();
     b.sum_keys(b.scores);
-    for (int64_t row = 0; row < b.rows; ++row) {
-      float* to = a.out + (b.token() * b.heads + row) * b.dim;
-      const float factor = inverse[row];
-      map(to, b.made + row * b.padded, b.dim, [&](Vec v, int64_t) { return v * factor; });
-      const int64_t at = row / b.heads * whole_lines(a.rope);
-      turn_back(to + b.dim - a.rope, b.c + at, b.s + at, a.rope);
-    }
+    b.put_outputs();
   }, [] {});
 }
 
@@ -254,43 +348,17 @@ static void train_attention_backward(const AttentionTraining& a, float* grad_kv,
     b.copy_queries();
     b.multiply_keys(b.q, b.scores);
     b.hide();
-    float* inner = b.per_row;  // <gradient, output>, which is also the mean slope under the softmax
-    const int64_t first_row = b.token() * b.heads;
-    for (int64_t row = 0; row < b.rows; ++row) {
-      const float* g = a.grad + (first_row + row) * b.dim;
-      inner[row] = dot(g, a.out + (first_row + row) * b.dim, b.dim);
-      b.copy_row(g, b.grad + row * b.padded, 1.0f, row);
-    }
+    b.copy_gradients();
     b.multiply_keys(b.grad, b.slopes);
-    for (int64_t row = 0; row < b.rows; ++row) {
-      float* x = b.scores + row * b.tiling.score_width;
-      float* slope = b.slopes + row * b.tiling.score_width;
-      const float log_sum = a.log_sum[first_row + row], mean = inner[row];
-      for (int64_t j = 0; j < b.used(); j += kLanes) {
-        const Vec p = exp_vec(load(x + j) - log_sum);
-        store(x + j, p);
-        store(slope + j, p * (load(slope + j) - mean));
-      }
-      grad_sink[row % b.heads] -= std::exp(a.sink[row % b.heads] - log_sum) * mean;
-    }
-    b.add_key_grads(b.scores, b.grad);
-    b.add_key_grads(b.slopes, b.q);
+    b.harden(grad_sink);
+    b.add_key_grads();
     b.sum_keys(b.slopes);
-    for (int64_t row = 0; row < b.rows; ++row) {
-      float* g = b.made + row * b.padded;
-      const int64_t at = row / b.heads * whole_lines(a.rope);
-      turn_back(g + b.dim - a.rope, b.c + at, b.s + at, a.rope);
-      const float* x = a.q + (first_row + row) * b.dim;
-      const float r = head_scale(x, b.dim, float(a.eps));
-      const float through_norm = dot(g, x, b.dim) / b.dim * r * r, factor = r * b.scale;
-      map(a.grad_q + (first_row + row) * b.dim, g, b.dim,
-          [&](Vec v, int64_t i) { return (v - load_at(x, i, b.dim) * through_norm) * factor; });
-    }
+    b.put_query_grads();
   }, [&] {
-    auto hand_over = [&](float* sums, int64_t count, float* grads) {
+    auto hand_over = [&](float* from_sums, int64_t count, float* grads) {
       for (int64_t j = 0; j < count; ++j) {
-        for (int64_t k = 0; k < b.dim; ++k) grads[j * b.dim + k] += sums[j * b.padded + k];
-        std::memset(sums + j * b.padded, 0, sizeof(float) * b.padded);
+        for (int64_t k = 0; k < b.dim; ++k) grads[j * b.dim + k] += from_sums[j * b.padded + k];
+        std::memset(from_sums + j * b.padded, 0, sizeof(float) * b.padded);
       }
     };
     hand_over(b.near_grads, b.near_count, grad_kv + (b.sequence * a.steps + b.low) * b.dim);

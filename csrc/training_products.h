@@ -89,10 +89,6 @@ static void train_linear_backward(Worker& worker, void* argument) {
   });
 }
 
-// to [count, dim] = rows `index` of from
-INLINE void gather_rows(const float* from, const int64_t* index, int64_t count, int64_t dim, float* to) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * dim, from + index[i] * dim, sizeof(float) * dim);
-}
 // sums [T, dim] += the k rows of each token
 static void add_rows_of_tokens(const float* rows, const int64_t* back, int64_t k, int64_t dim, float* sums,
                                int64_t from, int64_t to) {
@@ -105,13 +101,13 @@ static void add_rows_of_tokens(const float* rows, const int64_t* back, int64_t k
 
 static int64_t experts_floats(const ExpertsTraining& a) {
   const int64_t inter = a.inter > a.shared_inter ? a.inter : a.shared_inter;
-  return kGemmFloats + kTrainingExpertRows * (2 * a.dim + 4 * inter);
+  return kGemmFloats + kTrainingExpertRows * 4 * inter;
 }
 
 static void train_experts_forward(Worker& worker, void* argument) {
   const auto& a = *static_cast<const ExpertsTraining*>(argument);
   float* workspace = training_workspace(experts_floats(a));
-  float *x = workspace + kGemmFloats, *hidden = x + kTrainingExpertRows * a.dim;
+  float* hidden = workspace + kGemmFloats;
   const int64_t chunks = parts_of(a.tokens, kLinearRows);
   worker.units(a.experts + chunks, [&](int64_t unit) {
     if (unit < a.experts) {
@@ -119,8 +115,7 @@ static void train_experts_forward(Worker& worker, void* argument) {
       for (int64_t r = a.bounds[unit], end = a.bounds[unit + 1]; r < end; r += kTrainingExpertRows) {
         const int64_t rows = end - r < kTrainingExpertRows ? end - r : kTrainingExpertRows, width = 2 * a.inter;
         float* inner = a.inner + r * width;
-        gather_rows(a.x, a.source + r, rows, a.dim, x);
-        gemm({x, a.dim, 1, w13, 1, a.dim, inner, width, rows, width, a.dim, false}, workspace);
+        gemm({a.x, a.dim, 1, w13, 1, a.dim, inner, width, rows, width, a.dim, false, a.source + r}, workspace);
         train_swiglu_forward(inner, inner + a.inter, width, a.row_weights + r, a.limit, hidden, a.inter, 0, rows);
         gemm({hidden, a.inter, 1, w2, 1, a.inter, a.outs + r * a.dim, a.dim, rows, a.dim, a.inter, false}, workspace);
       }
@@ -149,7 +144,7 @@ static void train_experts_forward(Worker& worker, void* argument) {
 static void train_experts_backward(Worker& worker, void* argument) {
   const auto& a = *static_cast<const ExpertsTraining*>(argument);
   float* workspace = training_workspace(experts_floats(a));
-  float *x = workspace + kGemmFloats, *grad_out = x + kTrainingExpertRows * a.dim, *rest = grad_out + kTrainingExpertRows * a.dim;
+  float* rest = workspace + kGemmFloats;
   const int64_t chunks = parts_of(a.tokens, kLinearRows);
   worker.units(a.experts + chunks, [&](int64_t unit) {
     if (unit < a.experts) {
@@ -165,13 +160,15 @@ static void train_experts_backward(Worker& worker, void* argument) {
       for (int64_t r = begin; r < end; r += kTrainingExpertRows) {
         const int64_t rows = end - r < kTrainingExpertRows ? end - r : kTrainingExpertRows;
         const float* inner = a.inner + r * width;
-        gather_rows(a.x, a.source + r, rows, a.dim, x);
-        gather_rows(a.grad, a.source + r, rows, a.dim, grad_out);
-        gemm({grad_out, a.dim, 1, w2, a.inter, 1, grad_hidden, a.inter, rows, a.inter, a.dim, false}, workspace);
+        const int64_t* source = a.source + r;
+        gemm({a.grad, a.dim, 1, w2, a.inter, 1, grad_hidden, a.inter, rows, a.inter, a.dim, false, source},
+             workspace);
         train_swiglu_backward(inner, inner + a.inter, width, a.row_weights + r, a.limit, grad_hidden, grad_inner,
                               grad_inner + a.inter, width, hidden, a.grad_row_weights + r, a.inter, 0, rows);
-        gemm({grad_out, 1, a.dim, hidden, a.inter, 1, grad_w2, a.inter, a.dim, a.inter, rows, r > begin}, workspace);
-        gemm({grad_inner, 1, width, x, a.dim, 1, grad_w13, a.dim, width, a.dim, rows, r > begin}, workspace);
+        gemm({a.grad, 1, a.dim, hidden, a.inter, 1, grad_w2, a.inter, a.dim, a.inter, rows, r > begin, source},
+             workspace);
+        gemm({grad_inner, 1, width, a.x, a.dim, 1, grad_w13, a.dim, width, a.dim, rows, r > begin, nullptr, source},
+             workspace);
         gemm({grad_inner, width, 1, w13, a.dim, 1, a.outs + r * a.dim, a.dim, rows, a.dim, width, false}, workspace);
       }
       return;
