@@ -75,6 +75,9 @@ void upwell_pack(const float* weight, int64_t rows, int64_t cols, float* out) {
     }
 }
 
+// Bytes of the structs as they were built: Python's mirror of them (ops/native.py) must agree.
+int64_t upwell_struct_bytes() { return sizeof(upwell::Call) + sizeof(upwell::Layer) + sizeof(upwell::Model); }
+
 int64_t upwell_workspace_bytes(const upwell::Call* call, int threads) {
   return upwell::current->kernels->workspace_bytes(*call->model, call->layers, call->layer_count, call->sequences,
                                                    call->sequence_count, call->tokens, threads);

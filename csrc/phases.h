@@ -154,6 +154,9 @@ struct ByWeights : LayerPass {
     Job out{l.wo_b, b.latent, m.groups * m.o_rank, T, b.y, m.hidden};
     run_jobs(w, b, &out, 1);
     w.barrier();
+  }
+
+  void leave_all() {
     tokens([&](int64_t t) { leave(t, b.y + t * m.hidden); });
     w.barrier();
   }
@@ -177,8 +180,7 @@ struct ByWeights : LayerPass {
   bool experts(const Layer& l, int64_t layer) {
     route(l);
     if (!mixture(l.experts, layer, call.take, true)) return false;
-    tokens([&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });
-    w.barrier();
+    tokens([&](int64_t t) { sum_experts(t, b.y + t * m.hidden); });  // whoever sums a token also leaves with it
     return true;
   }
 
@@ -249,16 +251,19 @@ struct ByWeights : LayerPass {
   }
 
   void run() {
+    const int64_t parts = call.parts ? call.parts : kAllParts;
     if (w.id == 0) __builtin_memset(b.finished, 0, sizeof(int32_t) * size_t(max64(w.team.size, 1)));
-    start();
+    if (parts & kAttention) start();
     for (int64_t i = 0; i < call.layer_count; ++i) {
       const Layer& l = call.layers[i];
-      if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * m.index_topk;
+      begin(i);
       if (call.expect != nullptr && l.tid2eid == nullptr) guess(l, i);
-      enter(l.mix_attn, l.attn_norm);
-      attention(l, call.caches[i]);
-      enter(l.mix_ffn, l.ffn_norm);
-      if (!experts(l, i)) return;
+      if (parts & kEnterAttention) enter(l.mix_attn, l.attn_norm);
+      if (parts & kAttention) attention(l, call.caches[i]);
+      if (parts & kLeaveAttention) leave_all();
+      if (parts & kEnterExperts) enter(l.mix_ffn, l.ffn_norm);
+      if (parts & kExperts && !experts(l, i)) return;
+      if (parts & kLeaveExperts) leave_all();
     }
   }
 };

@@ -5,6 +5,7 @@ struct Buffers {
   float *scores, *route_weights, *gathered, *hidden, *up, *expert_out, *shared_out, *index_scores, *parts;
   float* turn[2];  // of window and compressed layers: a token's cosines and sines, see rotate
   int64_t score_row;  // floats of one query's index scores
+  int64_t* load = nullptr;  // of the layer, null: not counted
   int32_t *picks, *route, *order, *pair_of, *group_start, *active, *sequence_of, *finished;
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;

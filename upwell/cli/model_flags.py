@@ -40,6 +40,16 @@ def add_speculation_flag(parser: argparse.ArgumentParser) -> None:
                         help="draft up to N tokens a step (1 to 7) where that pays (default: none)")  # fmt: skip
 
 
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes with a part of the model each, on cards or a CPU's cores")
+    group.add_argument("--tp", type=int, default=1, metavar="N", help="split heads and widths N ways (default: 1)")
+    group.add_argument("--ep", type=int, default=1, metavar="N", help="keep experts whole, on N ranks (default: 1)")
+    group.add_argument("--expert-load", type=Path, metavar="FILE",
+                       help="place experts by the load it tells, and add what is counted now")  # fmt: skip
+    group.add_argument("--redundant-experts", type=int, default=0, metavar="N",
+                       help="N more places a layer, for copies of hot experts (default: 0)")  # fmt: skip
+
+
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     """The engine's settings that were given."""
     from upwell.engine import EngineOptions
@@ -68,9 +78,12 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
     from upwell.engine import LLM
 
     dtype = resolve_dtype(arguments.dtype)
+    names = ("tp", "ep", "expert_load", "redundant_experts")
+    shared = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     return LLM(
         arguments.model, device=arguments.device, dtype=dtype, offload=arguments.offload,
-        expert_memory=arguments.expert_memory, expert_usage=arguments.expert_usage, **engine_options(arguments),
+        expert_memory=arguments.expert_memory, expert_usage=arguments.expert_usage, **shared,
+        **engine_options(arguments),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from upwell.engine.speculative import MOST_DRAFTS, Draft, Speculator
 from upwell.engine.stats import EngineStats
 from upwell.engine.structured import GrammarCompiler, GrammarMask
 from upwell.engine.tokenizer import Tokenizer
-from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, UpwellError
+from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, RankError, UpwellError
 from upwell.model import Transformer
 
 PREFILL_CHUNK = 512  # prompt tokens a step while nothing decodes: as many as the kernels take at once
@@ -97,6 +97,8 @@ class Engine:
         drafts = SPECULATIVE_TOKENS if speculative_tokens is None else speculative_tokens
         if not 0 <= drafts <= MOST_DRAFTS:
             raise InputError(f"speculative_tokens is {drafts}, must be from 0 to {MOST_DRAFTS}")
+        if graphs and model.local is not model.config:
+            raise InputError("graphs are asked for, but the model is shared by several ranks", "leave one of them out")
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config
@@ -117,6 +119,7 @@ class Engine:
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)
         self.max_queue = max_queue
+        self.at_close: list[Callable[[], None]] = []
         self._requests: dict[Request, list[Sequence]] = {}
         self._arrivals = itertools.count()
         self._open = 0  # sequences taken and not ended
@@ -260,11 +263,14 @@ class Engine:
             self._fail(sequence, error)
 
     def close(self) -> None:
-        """Finish writing what is kept on disk: prefixes, experts' use. The engine isn't used after it."""
+        """Finish writing what is kept on disk (prefixes, experts' use), and what else waits for the end. The engine
+        isn't used after it."""
         if self.prefix is not None:
             self.prefix.close()
         if self.runner.model.pages is not None:
             self.runner.model.pages.close()
+        while self.at_close:
+            self.at_close.pop()()
 
     def _expire(self) -> None:
         late = [r for r in self._requests if r.deadline is not None and r.deadline <= time.monotonic()]
@@ -303,6 +309,8 @@ class Engine:
                 if len(once) < len(rows):
                     logits = logits[[once.index(row) for row in rows]]
                 self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
+        except RankError:
+            raise  # nothing runs any more
         except Exception as error:
             self._failed([*(s for s, _ in batch), *(s for _, s in ready)], error)
 
@@ -334,6 +342,8 @@ class Engine:
             if drafts:
                 self._verify(speculator, drafts)
                 speculator.clock(drafts)
+        except RankError:
+            raise
         except Exception as error:
             self._failed(sequences, error)
 

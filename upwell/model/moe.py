@@ -145,9 +145,12 @@ class MoE(nn.Module):
         self.gate = Gate(config, is_hash)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
+        self.load: Tensor | None = None  # [E] INT64: tokens that chose each expert, counted on where given
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         experts, weights = self.gate(x, input_ids)
+        if self.load is not None:
+            self.load += torch.bincount(experts.flatten(), minlength=self.load.numel())
         routed, shared = self.experts, self.shared_experts
         dense = routed.w13, routed.w2, shared.w1.weight, shared.w3.weight, shared.w2.weight
         if routed.is_dense and routed.limit == shared.limit and moe_native.usable(x, *dense):
