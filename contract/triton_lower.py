@@ -79,8 +79,8 @@ def instances(tiles: Tiles) -> Iterator[Instance]:
         yield (
             int4.product_kernel,
             {
-                "rows": STREAMS, "packed": "*i8", "scales": "*fp32", "picks": "*i64", "row_scales": "*fp32",
-                "out": STREAMS, **numbers(("pairs", "outputs", "half", "groups", "blocks"), "i32"),
+                "rows": STREAMS if group else "*fp32", "packed": "*i8", "scales": "*fp32", "picks": "*i64",
+                "row_scales": "*fp32", "out": STREAMS, **numbers(("pairs", "outputs", "half", "groups", "blocks"), "i32"),
             },
             {**constants, "ROW_SCALES": group == 0},
         )  # fmt: skip
