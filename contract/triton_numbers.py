@@ -1,6 +1,6 @@
 """Computes every Triton kernel under Triton's interpreter and holds it against the plain operation, over many shapes.
 
-    python -m contract.triton_numbers [streams|pooling|packed|attending]     in triton-ascend's venv; status 1 on failure
+    python -m contract.triton_numbers [streams|pooling|packed|attending]     in triton-ascend's venv; exit 1 on failure
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 
 os.environ["TRITON_INTERPRET"] = "1"
-warnings.simplefilter("ignore", DeprecationWarning)  # the interpreter's own, one a loop
 
 import torch
 from torch import Tensor
@@ -59,13 +58,16 @@ def streams(kernels: Kernels, draw: Numbers) -> Iterator[Case]:
         yield name + " post", ours and ours[1], post, 1e-4
         yield name + " comb", ours and ours[2], comb, 2e-4
         yield name + " expand", kernels.expand(x, out, post, comb.contiguous()), hc.expand(x, out, post, comb), rounding
-        zeros = kernels.enter(torch.zeros_like(x), fn, base, scale, 20, 1e-6, 1e-6)
-        yield name + " of zeros", zeros and zeros[2], hc.mix(torch.zeros_like(x), fn, base, scale, 20, 1e-6, 1e-6)[2], 2e-4
+        zeros = torch.zeros_like(x)
+        ours = kernels.enter(zeros, fn, base, scale, 20, 1e-6, 1e-6)
+        comb = hc.mix(zeros, fn, base, scale, 20, 1e-6, 1e-6)[2]
+        yield name + " of zeros", ours and ours[2], comb, 2e-4
 
 
 def pooling(kernels: Kernels, draw: Numbers) -> Iterator[Case]:
     """The compressor: CSA's and HCA's windows, indexer's dims, first windows, gates far apart."""
-    for ratio, dim, size in ((4, 512, 1.0), (4, 128, 30.0), (4, 36, 1.0), (128, 512, 1.0), (128, 40, 99.0), (8, 72, 1.0)):
+    kinds = ((4, 512, 1.0), (4, 128, 30.0), (4, 36, 1.0), (128, 512, 1.0), (128, 40, 99.0), (8, 72, 1.0))
+    for ratio, dim, size in kinds:
         overlap = ratio != 128
         width, ring = dim * (1 + overlap), ratio * (1 + overlap)
         kv, gate = draw.normal(5, ring, width), draw.normal(5, ring, width, size=size)
@@ -138,6 +140,7 @@ def attending(kernels: Kernels, draw: Numbers) -> Iterator[Case]:
 
 
 def main(wanted: str = "") -> int:
+    warnings.simplefilter("ignore", DeprecationWarning)  # the interpreter's own, one a loop
     tiles = tiles_of(chip("Ascend910B1"))
     assert tiles is not None
     kernels, failed, done = Kernels(tiles), [], 0

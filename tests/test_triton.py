@@ -145,8 +145,8 @@ def test_nothing_imports_triton_until_an_npu_does(tmp_path: Path) -> None:
         nodes = ast.walk(ast.parse((FOLDER / name).read_text(encoding="utf-8")))
         imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         assert "triton" not in imported
-    code = "import sys; from upwell.cli import main; status = main(['run', 'x', '--device', 'cpu', '--max-tokens', '1']);"
-    code += "print(sorted(m for m in sys.modules if m.startswith('upwell.ops.triton.'))); sys.exit(status)"
+    code = "import sys; from upwell.cli import main; status = main('run x --device cpu --max-tokens 1'.split())"
+    code += "; print(sorted(m for m in sys.modules if m.startswith('upwell.ops.triton.'))); sys.exit(status)"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr

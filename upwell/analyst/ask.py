@@ -67,7 +67,7 @@ class Reading:
 
 
 class Asker:
-    """Answers questions about one open table with a planning model (the embedded nano on `device` unless given another LLM)."""
+    """Answers questions about one open table with a planning model: `llm`, or the embedded nano on `device`."""
 
     def __init__(self, llm: LLM | None = None, device: str = "cpu") -> None:
         self._llm, self._device = llm, device
