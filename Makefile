@@ -86,10 +86,10 @@ TRITON_RUN := UPWELL_KERNELS=off OMP_NUM_THREADS=1 PYTHONPATH=. $(TRITON_VENV)/b
 
 $(TRITON_VENV)/.ready: $(VENV)/.ready-dev
 	$(PYTHON) -m venv --without-pip $(TRITON_VENV)
+	$(BIN)/python -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check \
+	  triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11 'numpy<2'
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
 	  > $$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torch.pth
-	$(BIN)/python -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check --ignore-installed \
-	  triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11 'numpy<2'
 	@touch $@
 
 npu-triton: $(TRITON_VENV)/.ready ## the Triton kernels: under the interpreter, and lowered for three chips (docs/ascend.md)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def rows(batch: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
         packed = torch.empty(256, 2 * INTER, DIM // 2, dtype=torch.uint8)
         x, by_row = torch.empty(batch * EXPERTS, 1, DIM, **half), torch.empty(256, 2 * INTER)
     chunks = -(-H * DIM // TILES.project)
-    partial, stream_bytes = chunks * batch * 32 * 4, streams.nbytes
+    sums, stream_bytes = chunks * batch * 32 * 4, streams.nbytes
     head_blocks = -(-HEADS // TILES.attend_heads)
     splits = 1 + max(1, min(-(-TOPK // TILES.attend_keys), TILES.cores // 2 // (batch * head_blocks)))
     parts = batch * splits * HEADS * (HEAD + 2) * 4
@@ -79,7 +80,7 @@ def rows(batch: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
     return [
         (
             "mHC, into a sublayer", plain(lambda: hc.enter(streams, fn, base, scale, 20, 1e-6, 1e-6)),
-            (3, 2 * stream_bytes + fn.nbytes + 2 * partial + 2 * batch * 32 * 4 + out.nbytes),
+            (3, 2 * stream_bytes + fn.nbytes + 2 * sums + 2 * batch * 32 * 4 + out.nbytes),
         ),
         (
             "mHC, out of it", plain(lambda: hc.expand(streams, out, post, comb)),
@@ -87,7 +88,7 @@ def rows(batch: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
         ),
         *(
             (
-                f"pooling, windows of {ratio}", plain(lambda: compress.pool_ring(t, t, at, at, ratio, HEAD)),
+                f"pooling, windows of {ratio}", plain(partial(compress.pool_ring, t, t, at, at, ratio, HEAD)),
                 (1, 2 * batch * ratio * HEAD * 4 * (2 if ratio == 4 else 1) + batch * HEAD * 4),
             )
             for ratio, t in rings.items()
