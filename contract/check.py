@@ -74,6 +74,11 @@ def trace(target: Chip) -> set[str]:
         s13, s2 = (torch.empty(s, device=device) for s in ((6, 32), (6, 64)))
         picks, shares = ids(4, 2), torch.empty(4, 2, device=device)
         expect(integer_experts(x, picks, shares, w13, s13, w2, s2, 10.0), (4, 64), torch.bfloat16)
+        w13, w2 = (torch.empty(s, dtype=torch.uint8, device=device) for s in ((6, 64, 32), (6, 64, 16)))
+        for dtype, groups13, groups2 in ((torch.bfloat16, (2,), (1,)), (torch.float32, (), ())):  # W4A16, W4A8
+            s13 = torch.empty(6, *groups13, 64, dtype=dtype, device=device).movedim(-1, 1)
+            s2 = torch.empty(6, *groups2, 64, dtype=dtype, device=device).movedim(-1, 1)
+            expect(integer_experts(x, picks, shares, w13, s13, w2, s2, 10.0), (4, 64), torch.bfloat16)
         try:
             model.norm(torch.empty(2, 128, dtype=torch.bfloat16))
         except Exception:

@@ -22,6 +22,23 @@ INLINE Vec load_part(const float* p, int n) {
 }
 INLINE void store_part(float* p, Vec v, int n) { __builtin_memcpy(p, &v, sizeof(float) * n); }
 
+// To an aligned place that isn't read soon: past the cache where the instruction set can. finish_past_cache() comes
+// before other threads are told.
+INLINE void store_past_cache(float* p, Vec v) {
+#if VECTOR_BYTES == 64
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif VECTOR_BYTES == 32
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+INLINE void finish_past_cache() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 INLINE float sum_lanes(Vec v) {
 #if VECTOR_BYTES == 64
   typedef float V8 __attribute__((vector_size(32)));

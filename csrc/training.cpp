@@ -136,6 +136,47 @@ void upwell_train_enter_backward(int64_t streams, const float* x, const float* f
   });
 }
 
+// Leaving a sublayer and entering the next: streams x become `out`, a few tokens at a time.
+void upwell_train_cross_forward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,
+                                float* out, const float* fn, const float* turned, const float* base,
+                                const float* scale, float* dots, float* u, float* next_post, float* next_comb,
+                                float* inverse_rms, int64_t dim, int64_t iterations, float eps, float norm_eps,
+                                int64_t rows, int64_t parts) {
+  const upwell::StreamKernels& kernels = upwell::kernels().streams[streams - 1];
+  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
+    float* workspace = upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations));
+    for (int64_t t = from, end; t < to; t = end) {
+      end = t + upwell::kMixTokens < to ? t + upwell::kMixTokens : to;
+      kernels.leave_forward(x, y, post, comb, out, dim, t, end);
+      kernels.enter_forward(out, fn, turned, base, scale, dots, u, next_post, next_comb, inverse_rms, dim, iterations,
+                            eps, norm_eps, t, end, workspace);
+    }
+  });
+}
+
+void upwell_train_cross_backward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,
+                                 const float* out, const float* fn, const float* base, const float* scale,
+                                 const float* dots, const float* inverse_rms, const float* grad_u,
+                                 const float* grad_next_post, const float* grad_next_comb, const float* grad_past,
+                                 float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim,
+                                 int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
+                                 int64_t rows, int64_t parts) {
+  const upwell::StreamKernels& kernels = upwell::kernels().streams[streams - 1];
+  const int64_t n = (2 + streams) * streams, width = streams * dim;
+  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
+    const int64_t own = upwell::stream_workspace_floats(streams, iterations);
+    float* workspace = upwell::training_workspace(own + upwell::kMixTokens * width);
+    for (int64_t t = from, end; t < to; t = end) {
+      end = t + upwell::kMixTokens < to ? t + upwell::kMixTokens : to;
+      float* grad_out = workspace + own - t * width;
+      kernels.enter_backward(out, fn, base, scale, dots, inverse_rms, grad_u, grad_next_post, grad_next_comb,
+                             grad_past, grad_out, dim, iterations, eps, grad_fn + part * n * width,
+                             grad_base + part * n, grad_scale + part * 3, t, end, workspace);
+      kernels.leave_backward(x, y, post, comb, grad_out, grad_x, grad_y, grad_post, grad_comb, dim, t, end);
+    }
+  });
+}
+
 void upwell_train_leave_forward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,
                                 float* out, int64_t dim, int64_t rows, int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {

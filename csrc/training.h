@@ -104,6 +104,8 @@ struct StreamKernels {
                          float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim, int64_t from,
                          int64_t to);
 };
+// Tokens that go through a stream kernel together: their streams stay in the cache between its passes.
+constexpr int64_t kMixTokens = 32;
 constexpr int64_t kMaxStreams = 4;  // ops/hc_autograd.py knows it too
 
 inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {

@@ -2,7 +2,6 @@
 // Streams X [T, H, D]; `dots` [T, (2+H)H] is fn @ flatten(X). The small functions of a token (gates, Sinkhorn) run for
 // a vector of tokens at once, one a lane. After training_attention.h in each instruction set's namespace.
 
-constexpr int64_t kMixTokens = 32;  // tokens whose products with fn are made together: their streams stay in the cache
 
 // f(k, part) for each vector of a row of `dim` floats, part of it at the end.
 template <class F>
@@ -262,6 +261,8 @@ template <int H>
 static void leave_backward(const float* x, const float* y, const float* post, const float* comb, const float* grad,
                            float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim, int64_t from,
                            int64_t to) {
+  // Nobody reads it before the sublayer's own backward pass is through: whole lines go to memory unread.
+  const bool past_cache = dim % kTrainingLine == 0 && reinterpret_cast<uintptr_t>(grad_x) % 64 == 0;
   for (int64_t t = from; t < to; ++t) {
     const float *xt = x + t * H * dim, *p = post + t * H, *c = comb + t * H * H;
     Vec of_post[H] = {}, of_comb[H * H] = {};
@@ -284,12 +285,15 @@ static void leave_backward(const float* x, const float* y, const float* post, co
           of_x += c[i * H + j] * g[j];
           of_comb[i * H + j] += in * g[j];
         }
-        store_some(grad_x + (t * H + i) * dim + k, of_x, part);
+        float* to = grad_x + (t * H + i) * dim + k;
+        if (past_cache) store_past_cache(to, of_x);
+        else store_some(to, of_x, part);
       }
     });
     for (int j = 0; j < H; ++j) grad_post[t * H + j] = sum_lanes(of_post[j]);
     for (int i = 0; i < H * H; ++i) grad_comb[t * H * H + i] = sum_lanes(of_comb[i]);
   }
+  finish_past_cache();
 }
 
 template <int H>

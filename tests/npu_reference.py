@@ -65,6 +65,14 @@ def rule_moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **options: Any) -> N
 
 def npu_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, **options: Any) -> list[Tensor]:
     counts = group_list.tolist()
+    if weight[0].dtype == torch.int32:  # eight INT4 each, along the last axis in memory, the lowest bits first
+        scale, offset = options["antiquant_scale"][0].double(), options["antiquant_offset"][0].double()  # [E, G, N]
+        stored = weight[0].transpose(1, 2)
+        codes = torch.stack([(stored << (28 - 4 * i)) >> 28 for i in range(8)], dim=-1).flatten(2).transpose(1, 2)
+        length = codes.shape[1] // scale.shape[1]
+        dense = (codes + offset.repeat_interleave(length, 1)) * scale.repeat_interleave(length, 1)
+        outs = [part.double() @ dense[e] for e, part in enumerate(x[0].split(counts))]
+        return [torch.cat(outs).to(x[0].dtype)]
     wide = torch.double if x[0].dtype == torch.int8 else x[0].dtype
     outs = [part.to(wide) @ weight[0][e].to(wide) for e, part in enumerate(x[0].split(counts))]
     if x[0].dtype != torch.int8:
@@ -75,13 +83,24 @@ def npu_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Ten
 
 def rule_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, **options: Any) -> None:
     need(len(x) == len(weight) == 1 and x[0].dim() == 2 and weight[0].dim() == 3, "one x, one weight, one y")
-    need(x[0].dtype == weight[0].dtype and x[0].dtype in (*FLOAT, torch.int8), "dtypes")
+    depth = weight[0].shape[1]
+    if weight[0].dtype == torch.int32:
+        scale, offset = options.pop("antiquant_scale"), options.pop("antiquant_offset")
+        need(weight[0].transpose(1, 2).is_contiguous() and not weight[0].is_contiguous(), "INT4 here is transposed")
+        depth *= 8
+        experts, groups, columns = scale[0].shape
+        need((experts, columns) == (weight[0].shape[0], weight[0].shape[2]), "a scale for each expert's columns")
+        need(depth % groups == 0 and depth // groups % 2 == 0, "groups divide k, of even length")
+        need(scale[0].is_contiguous() and offset[0].is_contiguous() and offset[0].shape == scale[0].shape, "offset")
+        need(x[0].dtype in HALF and x[0].dtype == scale[0].dtype == offset[0].dtype, "dtypes of INT4 weights")
+    else:
+        need(x[0].dtype == weight[0].dtype and x[0].dtype in (*FLOAT, torch.int8), "dtypes")
     if x[0].dtype == torch.int8:
         scale, per_token = options.pop("scale"), options.pop("per_token_scale")
         need(scale[0].dtype == options.pop("output_dtype") == torch.bfloat16, "scales are BF16 where the output is")
         need(scale[0].shape == (weight[0].shape[0], weight[0].shape[2]), "a scale for each expert's columns")
         need(per_token[0].dtype == torch.float32 and per_token[0].shape == x[0].shape[:1], "a scale for each row")
-    need(x[0].shape[1] == weight[0].shape[1] and group_list.shape == weight[0].shape[:1], "shapes")
+    need(x[0].shape[1] == depth and group_list.shape == weight[0].shape[:1], "shapes")
     need(group_list.dtype == torch.int64, "group_list is INT64")
     need(options == {"split_item": 2, "group_type": 0, "group_list_type": 1}, "grouped by rows, by counts, one output")
     need(max(*x[0].shape[1:], *weight[0].shape[1:]) <= 65536, "inner axes up to 65536")

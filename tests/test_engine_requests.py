@@ -6,6 +6,7 @@ import asyncio
 import random
 import statistics
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -281,7 +282,48 @@ def test_an_error_of_the_model_reaches_forks_too(where: str, monkeypatch: pytest
         engine.add(engine.request(ids(5), SamplingParams(n=2), ends.append))
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, where, lambda *given: 1 / 0)
-        engine.step()
-    assert [d.finish_reason for d in ends] == ["error"] * 4 and not engine.has_work
-    assert all(isinstance(d.error, EngineError) for d in ends)
+        for _ in range(8):
+            engine.step()
+    finish(engine)
+    reasons = [d.finish_reason for d in ends if d.finish_reason is not None]
+    assert len(reasons) == 4 and reasons.count("error") == (4 if where == "logits" else 0), "no one needs a fork"
+    assert all(isinstance(d.error, EngineError) for d in ends if d.finish_reason == "error")
     assert engine.stats().blocks_free == 4 and engine.stats().waiting == 0
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_request_that_breaks_the_model_ends_alone(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four share a step that fails by the fault of one, at its prompt or in the middle of its output."""
+    params = few(12)
+    for at in (0, 5):
+        engine = engine_of(max_num_seqs=4, cache_tokens=4096, speculative_tokens=drafts)
+        extend = engine.runner._extend
+        outputs: list[list[int]] = [[] for _ in range(4)]
+        ends: dict[int, Delta] = {}
+
+        def sink(k: int, outputs: list[list[int]] = outputs, ends: dict[int, Delta] = ends) -> Any:
+            def take(delta: Delta) -> None:
+                outputs[k] += delta.token_ids
+                if delta.finish_reason is not None:
+                    assert k not in ends
+                    ends[k] = delta
+
+            return take
+
+        requests = [engine.request(ids(20 + k, k), params, sink(k)) for k in range(4)]
+
+        def breaking(who: Any, tokens: Any, extend: Any = extend, bad: Any = requests[2], at: int = at) -> torch.Tensor:
+            if any(s.request is bad and len(s.output) >= at for s in who):
+                raise RuntimeError("its fault")
+            return extend(who, tokens)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(engine.runner, "_extend", breaking)
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            engine.step()
+        assert isinstance(ends[2].error, EngineError) and "its fault" in str(ends[2].error)
+        for k in (0, 1, 3):
+            assert ends[k].finish_reason == "length"
+            assert outputs[k] == build_llm().generate({"prompt_token_ids": ids(20 + k, k)}, params)[0].token_ids
+        assert engine.stats().blocks_free == engine.stats().blocks_total

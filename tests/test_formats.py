@@ -204,10 +204,11 @@ def test_int4_is_the_nearest_of_15_steps(group: int | None) -> None:
     weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(3))
     weight[2] = 0
     packed, scale = quantize_int4(weight, group)
+    assert scale.dtype == (torch.bfloat16 if group else torch.float32)
     assert packed.shape == (7, 48) and scale.shape == ((7,) if group is None else (7, 96 // group))
     decoded = dequantize_int4(packed, scale)
     parts = weight.view(7, -1, group or 96)
-    steps = scale.view(7, -1, 1)
+    steps = scale.float().view(7, -1, 1)
     grid = torch.arange(-7, 8) * steps.unsqueeze(-1)
     nearest = (parts.unsqueeze(-1) - grid).abs().amin(-1)
     assert torch.equal((decoded.view(parts.shape) - parts).abs(), nearest)

@@ -178,7 +178,7 @@ def test_int8_experts(fused: Fused) -> None:
 
 
 @pytest.mark.parametrize("group", [None, 8])
-def test_int4_experts_and_linear(group: int | None) -> None:
+def test_int4_experts_and_linear(fused: Fused, group: int | None) -> None:
     """Packed INT4, by experts and gathered by pairs, against the decoded weights; W4A8's activations round too."""
     x = random(9, 32, dtype=torch.bfloat16)
     made = [[quantize_int4(random(n, k, seed=e) / 9, group) for e in range(6)] for n, k in ((32, 32), (32, 16))]
@@ -186,6 +186,11 @@ def test_int4_experts_and_linear(group: int | None) -> None:
     experts, weights = torch.stack([torch.randperm(5)[:3] for _ in range(9)]), random(9, 3).abs()
     plain = moe.integer_experts(x, experts, weights, w13, s13, w2, s2, 1.5)
     close(moe.gathered_experts(x, experts, weights, w13, w2, 1.5, s13, s2), plain, 0.01)
+    ours = fused.integer_experts(x, experts, weights, w13, s13, w2, s2, 1.5)
+    if group is None:
+        assert ours is None  # no page has INT4 weights beside INT8 rows
+    else:
+        close(ours, plain, 0.02)
     dense13, dense2 = [torch.stack([dequantize_int4(*m) for m in of]) for of in made]
     close(plain.float(), moe.grouped_experts(x.float(), experts, weights, dense13, dense2, 1.5), 0.03)
     exact = torch.nn.functional.linear(x.float(), dense13[0])

@@ -15,7 +15,7 @@ from upwell.config import ModelConfig, Yarn
 from upwell.model import KVCache, Step
 from upwell.model.cache import Tail
 from upwell.model.compressor import Compressor
-from upwell.model.hyper_connections import HyperConnection
+from upwell.model.hyper_connections import HyperConnection, settled
 from upwell.ops import attention, indexer
 from upwell.ops import hyper_connections as hc
 from upwell.ops.compress import overlap_windows, pool_windows
@@ -133,7 +133,8 @@ def literal_hyper_connection(
 def test_hyper_connection_and_its_gradients(
     rand: Callable[..., Tensor], grad: bool, tokens: int, h: int, dim: int
 ) -> None:
-    """Whichever kernels are built here (training has C++ ones) against autograd in double precision."""
+    """Two sublayers, one after the other, by whichever kernels are built here (training has C++ ones, which cross from
+    one to the next in one node) against autograd in double precision."""
     config = replace(ModelConfig.preset("v4-flash"), hidden_size=dim, hc_mult=h)
     module = HyperConnection(config)
     weight = rand(dim, dim) * 0.3
@@ -143,12 +144,17 @@ def test_hyper_connection_and_its_gradients(
         module.scale.copy_(1 + rand(3) * 0.3)
     streams = rand(tokens, h, dim).requires_grad_()
     doubles = [p.detach().double().requires_grad_() for p in (streams, module.fn, module.base, module.scale)]
-    u64, out64 = literal_hyper_connection(
-        doubles[0], lambda u: torch.tanh(u @ weight.double().t()), *doubles[1:], config.hc_sinkhorn_iters
-    )
+    u64, out64 = torch.zeros(tokens, dim), doubles[0]
+    for _ in range(2):
+        entered, out64 = literal_hyper_connection(
+            out64, lambda u: torch.tanh(u @ weight.double().t()), *doubles[1:], config.hc_sinkhorn_iters
+        )
+        u64 = u64 + entered
     with torch.set_grad_enabled(grad):
-        u, passed, post, comb = module.enter(streams)
-        out = module.leave(passed, torch.tanh(u @ weight.t()), post, comb)
+        first, passed, post, comb = module.enter(streams)
+        between = module.leave(passed, torch.tanh(first @ weight.t()), post, comb)
+        second, passed, post, comb = module.enter(between)
+        u, out = first + second, settled(module.leave(passed, torch.tanh(second @ weight.t()), post, comb))
     close(u.detach(), u64.detach())
     close(out.detach(), out64.detach())
     if not grad:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from upwell.checkpoint.calibrate import Calibration, calibrate, disk_bytes, first_tokens
 from upwell.checkpoint.dspark import plan_dspark
 from upwell.checkpoint.integers import QUANT_TYPES
 from upwell.checkpoint.match import Plan, plan_checkpoint
@@ -34,6 +36,7 @@ from upwell.errors import CheckpointError, InputError
 from upwell.formats.int4 import GROUP
 
 SHARD_BYTES = 4_000_000_000
+MOST_HELD = 8_000_000_000  # bytes of dense weights that calibration may hold: those of FP8 and FP4 stay mapped
 MOST_JOBS = 8  # unless more are asked for: each holds a tensor or two
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -41,7 +44,8 @@ Progress = Callable[[int, int], None]  # bytes written, bytes in all
 @dataclass(frozen=True)
 class Conversion:
     """What is asked for. `recipe` says which weights become integers; `shards`, of about equal size, None: of 4 GB;
-    `jobs`: how many shards are written at once, None: as many as there are processors, at most 8."""
+    `jobs`: how many shards are written at once, None: as many as there are processors, at most 8; `calibration`: token
+    ids of texts for whose sake INT4 experts are rounded."""
 
     source: Path
     target_dir: Path
@@ -50,10 +54,15 @@ class Conversion:
     recipe: str = "vllm-ascend"
     shards: int | None = None
     jobs: int | None = None
+    calibration: Sequence[Sequence[int]] | None = None
 
 
-def convert(job: Conversion, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+def convert(
+    job: Conversion, progress: Progress = lambda done, total: None, calibrating: Progress = lambda done, total: None
+) -> dict[str, Any]:
     """Do it, or go on where a killed run stopped. Returns what was written: files, bytes, tensors quantized.
+
+    `calibrating`: layers that the texts have run through, layers in all.
 
     Raises InputError, ConfigError, and CheckpointError for a kind that can't be converted and for too little space.
     """
@@ -66,16 +75,25 @@ def convert(job: Conversion, progress: Progress = lambda done, total: None) -> d
             f"{job.source}: {kind.name} can be converted for vllm-ascend only", "use --layout vllm-ascend"
         )
     plan = plan_dspark(job.source) if kind.format == "dspark" else plan_checkpoint(job.source)
-    pieces = list(conversion_pieces(plan, job.to, job.layout, job.recipe))
+    calibration, texts = None, list[Tensor]()
+    if job.calibration is not None:
+        _check_calibration(job, kind.format)
+        texts = first_tokens(job.calibration, plan.config.vocab_size)
+        calibration = Calibration(job.target_dir / ".calibration", plan.config.swiglu_limit)
+    pieces = list(conversion_pieces(plan, job.to, job.layout, job.recipe, calibration))
     groups = split_evenly(pieces, job.shards) if job.shards else split_shards(pieces, SHARD_BYTES)
     stem = "quant_model_weights" if job.layout == "vllm-ascend" else "model"
     shards = {f"{stem}-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
-    state = State.open(job.target_dir, _key(job, pieces))
+    state = State.open(job.target_dir, _key(job, pieces, texts))
     todo = {name: group for name, group in shards.items() if name not in state.done}
     total, left = (sum(p.nbytes for group in of.values() for p in group) for of in (shards, todo))
-    _check_space(job.target_dir, left)
+    _check_space(job.target_dir, left + disk_bytes(plan.config, texts))
+    if calibration is not None and todo:
+        calibrate(job.source, texts, calibration.directory, calibrating)
     _write_shards(job, todo, state, _Meter(progress, total - left, total))
     _finish(job, plan, shards, total, state.done)
+    if calibration is not None:
+        calibration.remove()
     state.end()
     quantized = sum(piece.format is not None for piece in pieces)
     return {"kind": kind.name, "files": len(shards), "bytes": total, "quantized": quantized}
@@ -138,10 +156,11 @@ class _Meter:
             self.stopped = True
 
 
-def _key(job: Conversion, pieces: list[Piece]) -> str:
+def _key(job: Conversion, pieces: list[Piece], texts: list[Tensor]) -> str:
     """Tells this conversion from any other: what is asked for, of which files. Not `jobs`: the result is the same."""
     sources = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in job.source.glob("*.safetensors"))
-    asked = [job.to, job.layout, job.recipe, job.shards, sources, [piece.tensors for piece in pieces]]
+    tensors, ids = [piece.tensors for piece in pieces], [text.tolist() for text in texts]
+    asked = [job.to, job.layout, job.recipe, job.shards, sources, tensors, ids]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -158,6 +177,19 @@ def _check_request(job: Conversion) -> None:
         raise InputError(f"--jobs is {job.jobs}, must be at least 1")
     if job.source.resolve() == job.target_dir.resolve():
         raise InputError(f"{job.target_dir}: source and target are the same directory")
+
+
+def _check_calibration(job: Conversion, source: str | None) -> None:
+    if job.to not in ("w4a8", "w4a16"):
+        raise InputError(f"--calibration is for w4a8 and w4a16, {job.to} is exact enough", "leave it out")
+    if source == "dspark":
+        raise CheckpointError(f"{job.source}: calibration runs the model, and Upwell doesn't run DSpark releases yet")
+    held = sum(file.stat().st_size for file in job.source.glob("*.safetensors"))
+    if source != "official" and held > MOST_HELD:
+        raise CheckpointError(
+            f"{job.source}: calibration would hold {held / 1e9:,.0f} GB of dense weights in memory",
+            "convert from the official FP8/FP4 release: its weights stay in their files",
+        )
 
 
 def _check_space(directory: Path, needed: int) -> None:
@@ -213,4 +245,6 @@ def _config(job: Conversion, plan: Plan) -> dict[str, Any]:
     raw = config.to_official() | {"torch_dtype": "bfloat16"}
     if job.to in INTEGER_TARGETS:
         raw["quantization_config"] = {"quant_method": job.to, "recipe": job.recipe}
+        if job.calibration is not None:
+            raw["quantization_config"]["rounding"] = "gptq"
     return raw

@@ -20,24 +20,46 @@ from torch import Tensor
 from upwell.checkpoint.recipes import Integer, Layout
 from upwell.checkpoint.save import Piece, Specs
 from upwell.errors import CheckpointError
-from upwell.formats.int4 import GROUP, int4_scale, pack_int4, round_to_int4
-from upwell.formats.int8 import quantize_int8
+from upwell.formats.int4 import GROUP
+from upwell.ops.linear import dense_weight
+from upwell.ops.requantize import Integers, int4_integers, requantize
 
 Tensors = tuple[Tensor, ...]
 BIAS_COLUMNS = 16  # of w2's scale_bias
+Rounded = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]  # a dense weight and a group to INT4 integers and scale
 QUANT_TYPES: dict[str | None, str] = {"int8": "W8A8_DYNAMIC", "int4": "W4A8_DYNAMIC", "int4-groups": "W4A16"}
 
 
 def integer_piece(
-    name: str, shape: tuple[int, ...], integer: Integer, layout: Layout, dense: Callable[[], Tensor]
-) -> Piece:
-    """The tensors of weight `name` [out, in]. Raises CheckpointError where its shape doesn't fit the format."""
+    name: str, shape: tuple[int, ...], integer: Integer, layout: Layout,
+    read: Callable[[], tuple[Tensor, Tensor | None]], to_int4: Rounded | None = None,
+) -> Piece:  # fmt: skip
+    """The tensors of weight `name` [out, in]; `read` gives it and its scale as ops.linear.linear takes them. INT4 is
+    rounded by `to_int4`, to nearest where there is none.
+
+    Raises CheckpointError where its shape doesn't fit the format, and when made where it holds a NaN.
+    """
     _check_shape(name, shape, integer, layout)
     base = name.removesuffix("weight")
-    if layout == "upwell":
-        return Piece(_upwell_specs(base, shape, integer), lambda: _upwell(dense(), integer), integer)
-    blocks = BIAS_COLUMNS if name.endswith(".w2.weight") else 1
-    return Piece(_va_specs(base, shape, integer, blocks), lambda: _vllm_ascend(dense(), integer, blocks), integer)
+    va = layout == "vllm-ascend"
+    blocks = 0 if not va or integer != "int4" else BIAS_COLUMNS if name.endswith(".w2.weight") else 1
+    group = GROUP if integer == "int4-groups" else None
+
+    def make() -> Tensors:
+        by_rows = va and integer == "int4"
+        if to_int4 is not None and integer != "int8":
+            dense = dense_weight(*read(), torch.float32)
+            finite = bool(dense.isfinite().all())
+            made = int4_integers(*to_int4(dense if finite else torch.zeros_like(dense), group), by_rows, blocks)
+        else:
+            made = requantize(*read(), 8 if integer == "int8" else 4, group, by_rows, blocks)
+            finite = bool(made.scale.isfinite().all())
+        if not finite:
+            raise CheckpointError(f"{name}: the source holds numbers that aren't finite", "download it again")
+        return _vllm_ascend(made, integer, shape) if va else (made.codes, made.scale)
+
+    specs = _va_specs(base, shape, integer, blocks) if va else _upwell_specs(base, shape, integer)
+    return Piece(specs, make, integer)
 
 
 def _check_shape(name: str, shape: tuple[int, ...], integer: Integer, layout: Layout) -> None:
@@ -56,15 +78,9 @@ def _upwell_specs(base: str, shape: tuple[int, ...], integer: Integer) -> Specs:
     rows, cols = shape
     if integer == "int8":
         return (f"{base}weight", "I8", shape), (f"{base}scale", "F32", (rows,))
-    scale = (rows, cols // GROUP) if integer == "int4-groups" else (rows,)
-    return (f"{base}weight", "U8", (rows, cols // 2)), (f"{base}scale", "F32", scale)
-
-
-def _upwell(weight: Tensor, integer: Integer) -> Tensors:
-    if integer == "int8":
-        return quantize_int8(weight)
-    scale = int4_scale(weight, GROUP if integer == "int4-groups" else None)
-    return pack_int4(round_to_int4(weight, scale)), scale
+    by_group = integer == "int4-groups"
+    scale = ("BF16", (rows, cols // GROUP)) if by_group else ("F32", (rows,))
+    return (f"{base}weight", "U8", (rows, cols // 2)), (f"{base}scale", *scale)
 
 
 def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) -> Specs:
@@ -81,17 +97,12 @@ def _va_specs(base: str, shape: tuple[int, ...], integer: Integer, blocks: int) 
     return (f"{base}weight", "I8", (rows // 2, cols)), *both, (f"{base}scale_bias", "F32", (rows, blocks))
 
 
-def _vllm_ascend(weight: Tensor, integer: Integer, blocks: int) -> Tensors:
-    if integer == "int8":
-        codes, scale = quantize_int8(weight)
-        return codes, scale.unsqueeze(1), torch.zeros(len(scale), 1)
-    scale = int4_scale(weight, GROUP if integer == "int4-groups" else None)
-    codes = round_to_int4(weight, scale)
+def _vllm_ascend(made: Integers, integer: Integer, shape: tuple[int, ...]) -> Tensors:
     if integer == "int4-groups":
-        biased = pack_int4(codes) ^ 0x88  # two's complement to an offset of 8
-        return biased.view(torch.int32), scale.bfloat16(), torch.tensor(codes.shape, dtype=torch.int32)
-    nibbles = codes.view(torch.uint8) & 0xF
-    packed = (nibbles[::2] | (nibbles[1::2] << 4)).view(torch.int8)
-    sums = codes.view(len(codes), blocks, -1).sum(-1, dtype=torch.int32)
-    column = scale.unsqueeze(1)
-    return packed, column, torch.zeros_like(column), 8 * column * sums
+        biased = made.codes ^ 0x88  # two's complement to an offset of 8
+        return biased.view(torch.int32), made.scale, torch.tensor(shape, dtype=torch.int32)
+    column = made.scale.unsqueeze(1)
+    both = column, torch.zeros_like(column)
+    if integer == "int8":
+        return made.codes, *both
+    return made.codes.view(torch.int8), *both, 8 * column * made.sums

@@ -15,6 +15,7 @@ from upwell.errors import CheckpointError
 _DENSE = ("F32", "BF16")
 _FP4 = ("I8", "U8")
 _SCALE = ("F8_E8M0", "U8")
+INTEGER_SCALE = ("F32", "BF16")  # INT8's and INT4's
 DSPARK = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\.")
 V41 = re.compile(r"(^|[._])(engram|vision|visual)")
 
@@ -119,9 +120,9 @@ def _take(name: str, slot: Slot, by_name: dict[str, Stored], directory: Path) ->
     if slot.kind in ("matrix", "expert") and _is_int4(name, tensor, by_name):
         _check(tensor, fp4_packed_shape(slot.shape), ("U8",))
         rows, cols = slot.shape
-        scale_shape = by_name[_scale_name(name)].shape
-        by_group = len(scale_shape) == 2 and scale_shape[1] > 0 and cols % scale_shape[1] == 0
-        return tensor, _take_scale(name, (rows, scale_shape[1]) if by_group else (rows,), by_name, directory, ("F32",))
+        groups = by_name[_scale_name(name)].shape[1:]
+        by_group = len(groups) == 1 and groups[0] > 0 and cols % groups[0] == 0
+        return tensor, _take_scale(name, (rows, *groups) if by_group else (rows,), by_name, directory, INTEGER_SCALE)
     if slot.kind == "expert" and tensor.dtype in _FP4:
         _check(tensor, fp4_packed_shape(slot.shape), _FP4)
         return tensor, _take_scale(name, fp4_scale_shape(slot.shape), by_name, directory)
@@ -130,9 +131,9 @@ def _take(name: str, slot: Slot, by_name: dict[str, Stored], directory: Path) ->
 
 
 def _is_int4(name: str, tensor: Stored, by_name: dict[str, Stored]) -> bool:
-    """Two codes a byte as FP4, which has bytes for scales, where INT4 has FP32."""
+    """Two codes a byte as FP4, whose scales are bytes."""
     scale = by_name.get(_scale_name(name))
-    return tensor.dtype == "U8" and scale is not None and scale.dtype == "F32"
+    return tensor.dtype == "U8" and scale is not None and scale.dtype in INTEGER_SCALE
 
 
 def _scale_name(weight_name: str) -> str:

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from upwell.checkpoint.calibrate import Calibration
 from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, fp8_scale_shape, slots
-from upwell.checkpoint.integers import integer_piece
+from upwell.checkpoint.integers import Rounded, integer_piece
 from upwell.checkpoint.load import DTYPES
-from upwell.checkpoint.match import Plan, Weight
+from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight
 from upwell.checkpoint.recipes import INTEGER_TARGETS, Layout, Target, integer_format
 from upwell.checkpoint.save import Piece
 from upwell.checkpoint.shards import Stored
@@ -44,19 +45,25 @@ class _Reader:
         dtype = torch.int8 if stored.dtype == "I8" else DTYPES[stored.dtype]
         return raw.view(dtype).view(stored.shape)
 
-    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    def stored(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
+        """The weight and its scale as ops.linear.linear takes them."""
         tensor, scale = weight
-        stored = self.tensor(tensor)
+        read = self.tensor(tensor)
         if scale is None:
-            return stored.to(dtype)
+            return read, None
         if tensor.dtype == "I8" and scale.dtype != "F32":
-            stored = stored.view(torch.uint8)  # FP4, two a byte
-        return dense_weight(stored, self.tensor(scale), dtype)
+            read = read.view(torch.uint8)  # FP4, two a byte
+        return read, self.tensor(scale)
+
+    def dense(self, weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dense_weight(*self.stored(weight), dtype)
 
 
-def conversion_pieces(plan: Plan, to: Target, layout: Layout, recipe: str) -> Iterator[Piece]:
+def conversion_pieces(
+    plan: Plan, to: Target, layout: Layout, recipe: str, calibration: Calibration | None = None
+) -> Iterator[Piece]:
     """Every tensor of the target. vllm-ascend's MTP is a model of its own and wants copies of embedding and head (a
-    DSpark drafter takes the model's).
+    DSpark drafter takes the model's). With a calibration, INT4 experts are rounded for the inputs that it kept.
 
     Raises CheckpointError for a weight whose shape doesn't fit the format.
     """
@@ -70,16 +77,28 @@ def conversion_pieces(plan: Plan, to: Target, layout: Layout, recipe: str) -> It
             yield matrix(slot, slot.name, single[slot.name])
         elif slot.kind == "expert":
             layer, _, leaf = slot.name.removesuffix(".weight").partition(".{}.")
-            stacks = plan.stacked.get(layer)
             for e in range(slot.count):
-                weight = _row_of(stacks, leaf, e) if stacks is not None else plan.experts[layer][leaf][e]
-                yield matrix(slot, slot.name.format(e), weight)
+                to_int4 = None
+                if calibration is not None:
+                    up = partial(_up, reader, plan, layer, e)
+                    to_int4 = partial(calibration.round_to_int4, layer, e, leaf, up)
+                yield matrix(slot, slot.name.format(e), _of_expert(plan, layer, leaf, e), to_int4)
         else:
             yield _plain(slot, reader, single[slot.name])
     if layout == "vllm-ascend" and plan.config.num_nextn_predict_layers:
         for slot, weight in plan.single:
             if slot.name in _MTP_COPIES:
                 yield _plain(replace(slot, name=_MTP_COPIES[slot.name]), reader, weight)
+
+
+def _of_expert(plan: Plan, layer: str, leaf: str, expert: int) -> Weight:
+    stacks = plan.stacked.get(layer)
+    return plan.experts[layer][leaf][expert] if stacks is None else _row_of(stacks, leaf, expert)
+
+
+def _up(reader: _Reader, plan: Plan, layer: str, expert: int) -> list[Tensor]:
+    """An expert's w1 and w3, dense."""
+    return [reader.dense(_of_expert(plan, layer, leaf, expert)) for leaf in ("w1", "w3")]
 
 
 def _row_of(stacks: tuple[Stored, Stored], leaf: str, expert: int) -> Weight:
@@ -102,12 +121,13 @@ def _plain(slot: Slot, reader: _Reader, weight: Weight) -> Piece:
 
 
 def _matrix(
-    reader: _Reader, to: Target, layout: Layout, recipe: str, slot: Slot, name: str, weight: Weight
+    reader: _Reader, to: Target, layout: Layout, recipe: str, slot: Slot, name: str, weight: Weight,
+    to_int4: Rounded | None = None,
 ) -> Piece:  # fmt: skip
     """A matrix or one expert's weight in the target's format."""
     integer = integer_format(name, to, recipe)
     if integer is not None:
-        return integer_piece(name, slot.shape, integer, layout, lambda: reader.dense(weight))
+        return integer_piece(name, slot.shape, integer, layout, partial(reader.stored, weight), to_int4)
     if to == "bf16" or to in INTEGER_TARGETS:
         return Piece(((name, "BF16", slot.shape),), lambda: (reader.dense(weight, torch.bfloat16),))
     base, cols = name.removesuffix("weight"), slot.shape[-1]
@@ -132,6 +152,6 @@ def _fp8_tensors(reader: _Reader, weight: Weight) -> tuple[Tensor, ...]:
 def _kept(reader: _Reader, weight: Weight, dtypes: tuple[str, ...]) -> tuple[Tensor, ...] | None:
     """The packed weight and its scale as they are, where they are in the wanted format already."""
     tensor, scale = weight
-    if scale is None or tensor.dtype not in dtypes or scale.dtype == "F32":
+    if scale is None or tensor.dtype not in dtypes or scale.dtype in INTEGER_SCALE:
         return None
     return reader.tensor(tensor), reader.tensor(scale)

@@ -121,7 +121,7 @@ def _weight_piece(
     if not quantize:
         return Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
     scale_name = name.removesuffix("weight") + "scale"
-    packed_so = scale is not None and scale.dtype != torch.float32  # INT8 and INT4 aren't official: encode anew
+    packed_so = scale is not None and not scale.is_floating_point()  # INT8 and INT4 aren't official: encode anew
     if weight.dtype == torch.float8_e4m3fn or (not packed_so and slot.kind == "matrix"):
         specs = ((name, "F8_E4M3", slot.shape), (scale_name, "F8_E8M0", fp8_scale_shape(slot.shape)))
         encode = quantize_fp8

@@ -149,7 +149,7 @@ class Scheduler:
         if need > self.blocks.free + sum(len(s.table) for s in lower) or not (self.slots.free or lower):
             return False
         while (need > self.blocks.free or not self.slots.free) and lower:
-            self._preempt(lower.pop())
+            self.preempt(lower.pop())
         return need <= self.blocks.free and self.slots.free > 0
 
     def _grow(self) -> None:
@@ -158,11 +158,12 @@ class Scheduler:
             if sequence.status is not Status.DECODE or blocks_for(len(sequence)) <= len(sequence.table):
                 continue
             while not self.blocks.free and sequence.status is Status.DECODE:
-                self._preempt(self.running[-1])
+                self.preempt(self.running[-1])
             if sequence.status is Status.DECODE:
                 sequence.table += self.blocks.take(1)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Give a running sequence's blocks up; it is computed again later."""
         self._evict(sequence)
         sequence.status = Status.WAITING
         self.add(sequence)

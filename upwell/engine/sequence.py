@@ -72,6 +72,7 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.computed = 0
+        self.alone = False  # a step that it shared has failed: it is computed by itself, to see whose fault that was
         self.slot = -1
         self.table: list[int] = []
         self.restored: Tensor | None = None  # streams [1, h, D] after the last token, where no token had to be computed

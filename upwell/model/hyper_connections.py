@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from upwell.config import ModelConfig
 from upwell.ops import hc_autograd
 from upwell.ops import hyper_connections as hc
+from upwell.ops.hc_autograd import Leaving
+
+Streams = Tensor | Leaving
+"""Residual streams [T, h, D]; in training by kernels also the ones that a sublayer is about to make."""
+
+
+def settled(streams: Streams) -> Tensor:
+    """The streams themselves."""
+    return streams.settle() if isinstance(streams, Leaving) else streams
 
 
 class HyperConnection(nn.Module):
@@ -21,22 +30,21 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         self.iterations, self.eps, self.norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
-    def enter(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def enter(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """streams [T, h, D] -> the sublayer's input [T, D]; and for `leave`, streams, post [T, h], comb [T, h, h]."""
+        settings = self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
+        if isinstance(streams, Leaving):
+            return streams.enter(*settings)
         if torch.is_grad_enabled() and hc_autograd.usable(streams):
-            return hc_autograd.enter(
-                streams, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
-            )
-        x, post, comb = hc.enter(
-            streams, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
-        )
+            return hc_autograd.enter(streams, *settings)
+        x, post, comb = hc.enter(streams, *settings)
         return x, streams, post, comb
 
     @staticmethod
-    def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """The next streams [T, h, D] from the sublayer's output [T, D]."""
+    def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Streams:
+        """The next streams [T, h, D] from the sublayer's output [T, D]; in training by kernels, on their way there."""
         if torch.is_grad_enabled() and hc_autograd.usable(streams):
-            return hc_autograd.leave(streams, output, post, comb)
+            return Leaving(streams, output, post, comb)
         return hc.expand(streams, output, post, comb)
 
 

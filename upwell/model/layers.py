@@ -39,6 +39,10 @@ class Linear(nn.Module):
         packed = self.scale is not None
         self._decoded = self.dense(dtype).detach() if packed else None
 
+    def keep_decoded_once(self, dtype: torch.dtype) -> None:
+        if self._decoded is None:
+            self.keep_decoded(dtype)
+
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         self._decoded = None
         return super()._apply(fn, recurse)

@@ -5,16 +5,21 @@ Shapes: input_ids [B, S]; streams are kept flat, [B*S, h, D]; logits [B, S, V].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from upwell.config import ModelConfig, Numerics
+from upwell.errors import RankError
 from upwell.model import compiled
 from upwell.model.attention import Attention, Rope
 from upwell.model.cache import KVCache, LayerCache, Step
-from upwell.model.hyper_connections import HyperConnection, HyperHead
+from upwell.model.hyper_connections import HyperConnection, HyperHead, Streams, settled
 from upwell.model.layers import Linear, RMSNorm
 from upwell.model.moe import MoE
+from upwell.model.offload import Pages, expect_hash_layers
 from upwell.ops.rope import inverse_frequencies, rope_angles
 
 
@@ -31,14 +36,14 @@ class Block(nn.Module):
         self.hc_ffn = HyperConnection(config)
 
     def forward(
-        self, streams: Tensor, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
-    ) -> Tensor:
+        self, streams: Streams, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
+    ) -> Streams:
         """streams [B*S, h, D], input_ids [B, S] -> streams."""
-        x, streams, post, comb = self.hc_attn.enter(streams)
+        x, past, post, comb = self.hc_attn.enter(streams)
         x = self.attn_norm(x).view(*input_ids.shape, -1)
-        streams = self.hc_attn.leave(streams, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
-        x, streams, post, comb = self.hc_ffn.enter(streams)
-        return self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
+        streams = self.hc_attn.leave(past, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
+        x, past, post, comb = self.hc_ffn.enter(streams)
+        return self.hc_ffn.leave(past, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
 
 
 class MTPBlock(Block):
@@ -71,6 +76,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics = "exact") -> None:
         super().__init__()
         self.config, self.numerics = config, numerics
+        self.local = config  # the geometry of what is here of it
+        self.expert_load: Tensor | None = None  # [layers + MTP blocks, E] INT64, where counted
+        self.pages: Pages | None = None  # where experts are paged in from disk
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, ratio, config.is_hash_layer(i), numerics)
@@ -87,6 +95,21 @@ class Transformer(nn.Module):
         self.register_buffer(
             "compress_freqs", inverse_frequencies(r, config.compress_rope_theta, config.yarn), persistent=False
         )
+
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+        """Tell a listener when another process that has a part of this model is gone (model/parallel.py)."""
+
+    def new_cache(self, blocks: int, slots: int) -> KVCache:
+        """An empty cache for this model."""
+        return KVCache(self.config, blocks, slots, self.dtype, self.device)
+
+    def count_experts(self) -> Tensor:
+        """From now on, count how many tokens choose each expert: [layers + MTP blocks, E], at 0."""
+        blocks: list[Any] = [*self.layers, *self.mtp]
+        self.expert_load = torch.zeros(len(blocks), self.config.n_routed_experts, dtype=torch.long, device=self.device)
+        for block, row in zip(blocks, self.expert_load, strict=True):
+            block.ffn.load = row
+        return self.expert_load
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,10 +129,12 @@ class Transformer(nn.Module):
 
         A ragged step's input [1, T] gives [T, h, D].
         """
-        streams = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
+        if self.pages is not None:
+            expect_hash_layers(self, self.pages, input_ids)
+        embedded = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
-            own = streams.contiguous()
-            if compiled.run_layers(plan, input_ids, own, cache, step):
+            own = embedded.contiguous()
+            if compiled.run_layers(plan, input_ids, own, cache, step, load=self.expert_load):
                 return own
         if step is not None and step.is_ragged(input_ids):
             parts = input_ids[0].split(step.lengths)
@@ -117,10 +142,11 @@ class Transformer(nn.Module):
             at = torch.cat([b * padded.shape[1] + torch.arange(n) for b, n in enumerate(step.lengths)])
             return self.streams(padded, cache, step)[at.to(input_ids.device)]
         plain, compressed = self._ropes(input_ids, step)
+        streams: Streams = embedded
         for i, block in enumerate(self.layers):
             rope = compressed if self.config.compress_ratios[i] else plain
             streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step)
-        return streams
+        return settled(streams)
 
     @property
     def computes_ragged(self) -> bool:
@@ -131,7 +157,7 @@ class Transformer(nn.Module):
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""
         if (plan := compiled.plan(self)) is not None:
-            return compiled.run_head(plan, streams, self.config.vocab_size)
+            return compiled.run_head(plan, streams, self.head.out_features)
         return self._head(self.norm(self.hc_head(streams)))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -151,7 +177,7 @@ class Transformer(nn.Module):
     def draft_logits(self, streams: Tensor, depth: int = 0) -> Tensor:
         """An MTP block's streams [T, h, D] -> logits [T, V], FP32."""
         if (plan := compiled.plan(self)) is not None:
-            return compiled.run_head(plan, streams, self.config.vocab_size, mtp=depth)
+            return compiled.run_head(plan, streams, self.head.out_features, mtp=depth)
         block = self._mtp_block(depth)
         return self._head(block.norm(block.hc_head(streams)))
 
@@ -163,10 +189,10 @@ class Transformer(nn.Module):
         joined = block.join(self.embed(next_ids).flatten(0, 1), streams)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
             out = joined.contiguous()
-            if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth):
+            if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth, load=self.expert_load):
                 return out
         plain, _ = self._ropes(next_ids, step)
-        return block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step)
+        return settled(block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step))
 
     def _mtp_block(self, depth: int) -> MTPBlock:
         block = self.mtp[depth]

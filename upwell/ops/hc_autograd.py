@@ -6,6 +6,7 @@ PyTorch's Sinkhorn steps and 4 x 4 batched products would be most of the time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +32,10 @@ class _Enter(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens, h, dim = x.shape
         x, fn = x.contiguous(), fn.contiguous()
-        turned = F.pad(fn, (0, 0, 0, -fn.shape[0] % _LINE)).t().contiguous()
-        dots, u, post = x.new_empty(tokens, fn.shape[0]), x.new_empty(tokens, dim), x.new_empty(tokens, h)
-        comb, inverse_rms = x.new_empty(tokens, h, h), x.new_empty(tokens)
+        dots, u, post, comb, inverse_rms = made = _made_on_entering(x, fn)
         training_kernels.run(
-            "enter_forward", tokens, h, x, fn, turned, base, scale, dots, u, post, comb, inverse_rms, dim, iterations,
-            eps, norm_eps,
-        )  # fmt: skip
+            "enter_forward", tokens, h, x, fn, _turned(fn), base, scale, *made, dim, iterations, eps, norm_eps
+        )
         ctx.save_for_backward(x, fn, base, scale, dots, inverse_rms)
         ctx.iterations, ctx.eps = iterations, eps
         return u, x, post, comb
@@ -55,6 +53,18 @@ class _Enter(torch.autograd.Function):
             sums=(fn.numel(), base.numel(), 3),
         )  # fmt: skip
         return grad_x, grad_fn.view_as(fn), grad_base, grad_scale, None, None, None
+
+
+def _turned(fn: Tensor) -> Tensor:
+    """fn [n, hD] transposed, with n up to whole lines."""
+    return F.pad(fn, (0, 0, 0, -fn.shape[0] % _LINE)).t().contiguous()
+
+
+def _made_on_entering(x: Tensor, fn: Tensor) -> tuple[Tensor, ...]:
+    """Room for dots [T, n], u [T, D], post [T, h], comb [T, h, h] and inverse_rms [T]."""
+    tokens, h, dim = x.shape
+    shapes = (tokens, fn.shape[0]), (tokens, dim), (tokens, h), (tokens, h, h), (tokens,)
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 class _Leave(torch.autograd.Function):
@@ -76,6 +86,63 @@ class _Leave(torch.autograd.Function):
         grads = tuple(torch.empty_like(t) for t in saved)
         training_kernels.run("leave_backward", tokens, h, *saved, grad, *grads, dim)
         return grads
+
+
+class _Cross(torch.autograd.Function):
+    """_Leave, then _Enter of the next sublayer, a few tokens at a time: what is between them stays in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
+        iterations: int, eps: float, norm_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        tokens, h, dim = x.shape
+        left, fn = tuple(t.contiguous() for t in (x, y, post, comb)), fn.contiguous()
+        out = torch.empty_like(left[0])
+        dots, u, next_post, next_comb, inverse_rms = made = _made_on_entering(out, fn)
+        training_kernels.run(
+            "cross_forward", tokens, h, *left, out, fn, _turned(fn), base, scale, *made, dim, iterations, eps, norm_eps
+        )
+        ctx.save_for_backward(*left, out, fn, base, scale, dots, inverse_rms)
+        ctx.iterations, ctx.eps = iterations, eps
+        return u, out, next_post, next_comb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_u: Tensor, grad_past: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        fn, base = saved[5:7]
+        tokens, h, dim = saved[0].shape
+        incoming = [g.contiguous() for g in (grad_u, grad_post, grad_comb, grad_past)]
+        grads = tuple(torch.empty_like(t) for t in saved[:4])
+        grad_fn, grad_base, grad_scale = training_kernels.run(
+            "cross_backward", tokens, h, *saved, *incoming, *grads, dim, ctx.iterations, ctx.eps,
+            sums=(fn.numel(), base.numel(), 3),
+        )  # fmt: skip
+        return *grads, grad_fn.view_as(fn), grad_base, grad_scale, None, None, None
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Streams that leave a sublayer, not made before it is known whether they enter another: see `leave`."""
+
+    streams: Tensor
+    output: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def settle(self) -> Tensor:
+        """The next streams [T, h, D]."""
+        return leave(self.streams, self.output, self.post, self.comb)
+
+    def enter(
+        self, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`enter` of the next streams, in one node with `leave`."""
+        out: tuple[Tensor, Tensor, Tensor, Tensor] = _Cross.apply(
+            self.streams, self.output.float(), self.post, self.comb, fn, base, scale, iterations, eps, norm_eps
+        )
+        return out
 
 
 def enter(

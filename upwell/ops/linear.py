@@ -13,7 +13,7 @@ from upwell.formats.int8 import dequantize_int8
 from upwell.ops import linear_autograd, npu
 
 FP8 = torch.float8_e4m3fn
-PACKED = torch.uint8  # FP4 beside UE8M0 bytes, INT4 beside FP32 scales
+PACKED = torch.uint8  # FP4 beside scales that are bytes, UE8M0; INT4 beside floating-point ones
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -21,9 +21,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; FP4 packed two a byte,
     uint8 [out, in/2], with scale [out, in/32], both scales UE8M0 bytes; INT8 [out, in] with scale FP32 [out] (W8A8);
-    or INT4 packed two a byte, uint8 [out, in/2], with scale FP32 [out] (W4A8) or [out, in/group] (W4A16).
+    or INT4 packed two a byte, uint8 [out, in/2], with scale FP32 [out] (W4A8) or BF16 [out, in/group]
+    (W4A16).
     """
-    if scale is not None and scale.dtype == torch.float32:
+    if scale is not None and scale.is_floating_point():
         return integer_linear(x, weight, scale)
     dense = dense_weight(weight, scale, x.dtype)
     return linear_autograd.linear(x, dense) if linear_autograd.usable(x, dense) else F.linear(x, dense)
@@ -36,7 +37,7 @@ def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
         return dequantize_fp8(weight, scale, dtype)
     if weight.dtype == PACKED:
         assert scale is not None
-        decode = dequantize_int4 if scale.dtype == torch.float32 else dequantize_fp4
+        decode = dequantize_int4 if scale.is_floating_point() else dequantize_fp4
         return decode(weight, scale, dtype)
     if weight.dtype == torch.int8:
         assert scale is not None

@@ -74,8 +74,8 @@ def integer_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, limit: float
 ) -> Tensor:
     """grouped_experts with integer weights: INT8 w13 [E, 2I, D], w2 [E, D, I], or INT4, packed uint8 with half the last
-    axis; FP32 scales s13 [E, 2I], s2 [E, D], then what goes into a product is rounded by token (W8A8, W4A8), or by
-    groups, [E, 2I, D/group], [E, D, I/group] (W4A16), as ops.linear has it."""
+    axis; FP32 scales s13 [E, 2I], s2 [E, D], then what goes into a product is rounded by token (W8A8, W4A8), or BF16
+    ones of groups, [E, 2I, D/group], [E, D, I/group] (W4A16), as ops.linear has it."""
     if (kernels := npu.fused(x)) is not None:
         out = kernels.integer_experts(x, experts, weights, w13, s13, w2, s2, limit)
         if out is not None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import cache
+from collections.abc import Callable, Hashable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ PRODUCTS: dict[str, frozenset[Family]] = {
 }
 _HALF = (torch.float16, torch.bfloat16)
 _FLOAT = (*_HALF, torch.float32)
+Product = Callable[..., Tensor]
+"""rows [R, in] sorted by expert, counts [E] INT64 -> [R, out]."""
 _SINK_TERMS = 3  # a sink as a sum of this many BF16 numbers is exact to FP32
 
 
@@ -68,6 +71,7 @@ class Fused:
 
     def __init__(self, chip: Chip, ops: Any, kernels: triton.Kernels | None = None) -> None:
         self.chip, self.ops, self.kernels = chip, ops, kernels
+        self.kept: dict[Hashable, Tensor] = {}
         self.has = {name for name, families in PRODUCTS.items() if chip.family in families}
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor | None:
@@ -107,19 +111,26 @@ class Fused:
         needed = {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_clipped_swiglu"}
         if not needed <= self.has or x.dtype not in _FLOAT or w13.dtype != x.dtype or x.shape[0] == 0:
             return None
+        return self._by_expert(x, experts, weights, w13.shape[0], limit, partial(self._grouped, weights=w13),
+                               partial(self._grouped, weights=w2))  # fmt: skip
+
+    def _by_expert(
+        self, x: Tensor, experts: Tensor, weights: Tensor, count: int, limit: float, up: Product, down: Product
+    ) -> Tensor:
+        """Rows sorted by expert, and back; up and down: the grouped products of unrounded rows."""
         tokens, k = experts.shape
         rows, order, counts, _ = self.ops.npu_moe_init_routing_v2(
-            x.contiguous(), experts.int(), active_num=tokens * k, expert_num=w13.shape[0], drop_pad_mode=0,
+            x.contiguous(), experts.int(), active_num=tokens * k, expert_num=count, drop_pad_mode=0,
             expert_tokens_num_type=1, expert_tokens_num_flag=True, quant_mode=-1,
-            active_expert_range=[0, w13.shape[0]], row_idx_type=1,
+            active_expert_range=[0, count], row_idx_type=1,
         )  # fmt: skip
         order, counts = order.long(), counts.long()
-        hidden = self._grouped(rows, w13, counts)
+        hidden = up(rows, counts=counts)
         hidden = self.ops.npu_clipped_swiglu(
             hidden.float(), dim=-1, alpha=1.0, limit=limit, bias=0.0, interleaved=False
         )
         hidden = (hidden * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-        outs = self._grouped(hidden, w2, counts)
+        outs = down(hidden, counts=counts)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
@@ -128,7 +139,10 @@ class Fused:
         self, x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
         limit: float,
     ) -> Tensor | None:  # fmt: skip
-        """ops.moe.integer_experts in W8A8: the routing rounds the rows too; scales as BF16, as the page asks."""
+        """ops.moe.integer_experts in W4A16, and in W8A8: there the routing rounds the rows too, and scales are BF16, as
+        the page asks. It doesn't name INT4 weights beside INT8 rows (W4A8)."""
+        if w13.dtype == torch.uint8 and s13.dim() == 3:
+            return self._int4_experts(x, experts, weights, w13, s13, w2, s2, limit)
         needed = {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_clipped_swiglu", "npu_dynamic_quant"}
         if not needed <= self.has or x.dtype != torch.bfloat16 or x.shape[0] == 0 or w13.dtype != torch.int8:
             return None
@@ -149,6 +163,35 @@ class Fused:
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         return outs[back].view(tokens, k, -1).float().sum(1).to(x.dtype)
+
+    def _int4_experts(
+        self, x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor,
+        limit: float,
+    ) -> Tensor | None:  # fmt: skip
+        """Eight INT4 in an INT32, which the memory of packed bytes is: as transposed weights nothing is moved."""
+        needed = {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_clipped_swiglu"}
+        if not needed <= self.has or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+            return None
+        if w13.shape[2] % 4 or w2.shape[2] % 4 or s13.dtype != x.dtype:
+            return None
+        up, down = (partial(self._grouped_int4, weights=w, scales=s) for w, s in ((w13, s13), (w2, s2)))
+        return self._by_expert(x, experts, weights, w13.shape[0], limit, up, down)
+
+    def _grouped_int4(self, rows: Tensor, weights: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+        """rows BF16 [R, in], packed INT4 [E, out, in/2] with scales [E, out, in/group] -> [R, out]."""
+        by_group = scales.transpose(1, 2).contiguous()  # loading lays them out so
+        outs: list[Tensor] = self.ops.npu_grouped_matmul(
+            [rows], [weights.view(torch.int32).transpose(1, 2)], antiquant_scale=[by_group],
+            antiquant_offset=[self._zeros(by_group)], group_list=counts, split_item=2, group_type=0, group_list_type=1,
+        )  # fmt: skip
+        return outs[0]
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """Zeros of its shape, kept: all layers' are the same."""
+        key = (*like.shape, like.device)
+        if key not in self.kept:
+            self.kept[key] = torch.zeros_like(like)
+        return self.kept[key]
 
     def _grouped_int8(self, rows: Tensor, per_token: Tensor, weights: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
         """INT8 rows [R, in] with their steps [R], INT8 weights [E, out, in] with scales [E, out] -> [R, out] BF16."""
