@@ -34,7 +34,7 @@ chromium:
 	timeout 300 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || \
 	echo "chromium isn't here and can't be installed: the web page's tests won't run"
 
-test: lint chromium npu-triton ## lint, types and all tests
+test: lint chromium npu-contract npu-triton ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 bench: $(VENV)/.ready-dev ## speed against transformers on the same weights
