@@ -1,6 +1,6 @@
 """Computes every Triton kernel under Triton's interpreter and holds it against the plain operation, over many shapes.
 
-    python -m contract.triton_numbers [streams|pooling|packed|attending]     in triton-ascend's venv; exit 1 on failure
+    python -m contract.triton_numbers [PART]     in triton-ascend's venv; exit status 1 on failure
 """
 
 from __future__ import annotations
@@ -139,12 +139,59 @@ def attending(kernels: Kernels, draw: Numbers) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def whole_model(kernels: Kernels, draw: Numbers) -> Iterator[Case]:
+    """A small V4 that prefills two prompts and decodes over the end of an HCA window, with every kernel in its place.
+    In FP32, which attention takes in here only: the interpreter can't do its BF16."""
+    from unittest.mock import patch
+
+    from upwell.config import ModelConfig
+    from upwell.model import KVCache, Step, Transformer
+    from upwell.ops import npu
+    from upwell.ops.triton import attention as attention_kernels
+
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "deepseek_v4", "vocab_size": 60, "hidden_size": 64, "moe_intermediate_size": 24,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 32, "q_lora_rank": 40, "o_groups": 2,
+            "num_experts_per_tok": 2, "n_routed_experts": 4, "o_lora_rank": 16, "index_n_heads": 2,
+            "index_head_dim": 32, "index_topk": 8, "sliding_window": 128, "num_hash_layers": 1,
+            "qk_rope_head_dim": 16, "compress_ratios": [0, 4, 128], "routed_scaling_factor": 1.5, "swiglu_limit": 10.0,
+            "num_nextn_predict_layers": 0, "max_position_embeddings": 1024,
+        }
+    )  # fmt: skip
+    model = Transformer(config).eval()
+    for parameter in model.parameters():
+        parameter.data = draw.normal(*parameter.shape, size=0.5 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5)
+    fused = npu.Fused(chip("Ascend910B1"), None, kernels)
+    fused.has = set()
+    prompts = [(126, draw.below(60, 1, 126)), (30, draw.below(60, 1, 30))]
+    decoded = [draw.below(60, 2, 1) for _ in range(4)]
+
+    def run() -> list[Tensor]:
+        cache, out = KVCache(config, 4, 2, torch.float32, torch.device("cpu")), []
+        for b, (length, ids) in enumerate(prompts):
+            out.append(model.logits(model.streams(ids, cache, Step([b], [0], [length], [[b]]))))
+        for i, ids in enumerate(decoded):
+            step = Step([0, 1], [length + i for length, _ in prompts], [1, 1], [[0], [1]])
+            out.append(model.logits(model.streams(ids, cache, step)))
+        return out
+
+    with torch.no_grad():
+        plain = run()
+        with patch.object(npu, "fused", lambda x: fused), patch.object(attention_kernels, "_HALF", (torch.float32,)):
+            ours = run()
+    yield "prefill", torch.cat(ours[:2]), torch.cat(plain[:2]), 1e-4
+    yield "decode", torch.cat(ours[2:]), torch.cat(plain[2:]), 1e-4
+    yield "no kernel failed", torch.tensor(len(kernels._off)), torch.tensor(0), 0.0
+
+
 def main(wanted: str = "") -> int:
     warnings.simplefilter("ignore", DeprecationWarning)  # the interpreter's own, one a loop
     tiles = tiles_of(chip("Ascend910B1"))
     assert tiles is not None
     kernels, failed, done = Kernels(tiles), [], 0
-    for part in (part for part in (streams, pooling, packed, attending) if wanted in part.__name__):
+    parts = (streams, pooling, packed, attending, whole_model)
+    for part in (part for part in parts if wanted in part.__name__):
         begun, before = time.perf_counter(), done
         for name, ours, plain, tolerance in part(kernels, Numbers()):
             done += 1
