@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVE ?=
 
-.PHONY: help setup serve test lint chromium bench aarch64-check npu-contract clean
+.PHONY: help setup serve test lint chromium bench aarch64-check npu-contract npu-contract-older npu-triton clean
 
 help: ## show the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,7 +34,7 @@ chromium:
 	timeout 300 apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || \
 	echo "chromium isn't here and can't be installed: the web page's tests won't run"
 
-test: lint chromium ## lint, types and all tests
+test: lint chromium npu-contract npu-triton ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 bench: $(VENV)/.ready-dev ## speed against transformers on the same weights
@@ -65,5 +65,36 @@ npu-contract: $(NPU_VENV)/.ready ## hold the Ascend path against the real torch_
 	$(NPU_RUN) contract.wheel upwell/devices/npu_operators.json $(NPU_VENV)/wheels/*.whl
 	$(NPU_RUN) contract.check
 
+# The torches that Ascend documents a CANN for. PyPI's for x86 are CUDA's (1.4 GB): no package of CUDA comes with them,
+# its libraries are stubs as well.
+OLDER := 2.10.0:2.10.0.post4 2.12.0:2.12.0
+
+npu-contract-older: $(NPU_VENV)/.ready ## the same traces over torch 2.10.0 and 2.12.0 (downloads 1.4 GB)
+	for pair in $(OLDER); do \
+	  older=$(NPU_VENV)-$${pair%%:*}; \
+	  test -e $$older/.ready || { $(PYTHON) -m venv --without-pip $$older && \
+	  cp $(NPU_VENV)/lib/python3*/site-packages/torch.pth $$older/lib/python3*/site-packages/ && \
+	  $(BIN)/python -m pip --python $$older/bin/python install --quiet --no-deps torch==$${pair%%:*} && \
+	  $(BIN)/python -m pip --python $$older/bin/python install --quiet --no-deps --no-index \
+	    --find-links $(NPU_VENV)/wheels torch_npu==$${pair##*:} && \
+	  PYTHONPATH=. $$older/bin/python -m contract.stubs $$older/stubs && touch $$older/.ready; } || exit 1; \
+	  $(subst $(NPU_VENV),$$older,$(NPU_RUN)) contract.check || exit 1; done
+
+# triton-ascend and its compiler, beside the development venv's torch. triton-ascend wants pybind11 and an old numpy.
+TRITON_VENV := .venv-triton
+TRITON_RUN := UPWELL_KERNELS=off OMP_NUM_THREADS=1 PYTHONPATH=. $(TRITON_VENV)/bin/python -m
+
+$(TRITON_VENV)/.ready: $(VENV)/.ready-dev
+	$(PYTHON) -m venv --without-pip $(TRITON_VENV)
+	$(BIN)/python -m pip --python $(TRITON_VENV)/bin/python install --quiet --disable-pip-version-check \
+	  triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11 'numpy<2'
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > $$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/torch.pth
+	@touch $@
+
+npu-triton: $(TRITON_VENV)/.ready ## the Triton kernels: under the interpreter, and lowered for three chips (docs/ascend.md)
+	$(TRITON_RUN) contract.triton_numbers
+	$(TRITON_RUN) contract.triton_lower
+
 clean: ## remove what was built
-	rm -rf $(VENV) $(NPU_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NPU_VENV) $(NPU_VENV)-* $(TRITON_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -100,6 +100,7 @@ def test_chat_with_nano_says_what_it_is() -> None:
         (["run", "x", "--temperature", "-1"], "temperature is -1.0, must be a number at least 0"),
         (["ask", "x.csv"], "give a question or --questions FILE"),
         (["ask", "x.csv", "q", "--limit", "0"], "--limit is 0"),
+        (["ask", "examples/sales.csv", "how many?", "--device", "tpu"], "no device 'tpu' (devices: auto, cpu"),
         (["ask", "x.csv", "--questions", "/nowhere.txt"], "/nowhere.txt: no such file"),
         (["serve", "--port", "99999"], "99999"),
     ],
@@ -147,6 +148,9 @@ def test_ask_shows_tables_that_line_up() -> None:
 
 class ScriptedAsker:
     """Stands where the analyst stands: these tests are about the command, not about the answers."""
+
+    def __init__(self, device: str) -> None:
+        assert device == "cpu"
 
     def open(self, path: Path, table: str | None = None) -> None:
         assert (path.name, table) == ("t.csv", None)

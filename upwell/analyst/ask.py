@@ -67,10 +67,10 @@ class Reading:
 
 
 class Asker:
-    """Answers questions about one open table with a planning model (the embedded nano unless given another LLM)."""
+    """Answers questions about one open table with a planning model: `llm`, or the embedded nano on `device`."""
 
-    def __init__(self, llm: LLM | None = None) -> None:
-        self._llm = llm
+    def __init__(self, llm: LLM | None = None, device: str = "cpu") -> None:
+        self._llm, self._device = llm, device
         self._table: OpenTable | None = None
 
     @property
@@ -78,7 +78,7 @@ class Asker:
         if self._llm is None:
             from upwell.engine import LLM
 
-            self._llm = LLM(device="cpu")
+            self._llm = LLM(device=self._device)
         return self._llm
 
     def open(self, path: str | Path, table: str | None = None, memory_limit: str | None = None) -> OpenTable:

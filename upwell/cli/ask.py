@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upwell.cli.model_flags import add_device_flag
 from upwell.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--questions", type=Path, metavar="FILE", help="answer one question a line ('-': stdin)")
     parser.add_argument("--table", metavar="NAME", help="table or sheet, where the file has several")
     parser.add_argument("--limit", type=int, default=_ROWS, help=f"rows to show (default: {_ROWS}); --json gives all")
+    add_device_flag(parser, default="cpu")  # the embedded model is too small to gain by another
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="one JSON object an answer")
     shape.add_argument("--sql", action="store_true", help="the query alone")
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     questions = [arguments.question] if arguments.questions is None else list(_read_questions(arguments.questions))
     from upwell.analyst.ask import Answer, Asker
 
-    asker = Asker()
+    asker = Asker(device=arguments.device)
     asker.open(arguments.file, table=arguments.table)
     for k, question in enumerate(questions):
         try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="V4 checkpoint directory (default: upwell-nano)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
+    add_device_flag(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     add_offload_flags(parser)
 
@@ -25,6 +25,10 @@ def add_offload_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--expert-memory", metavar="SIZE", help="of experts on disk, keep so much in memory, e.g. 4GiB")
     group.add_argument("--expert-usage", type=Path, metavar="FILE",
                        help="keep there which experts are used most, and begin with those")  # fmt: skip
+
+
+def add_device_flag(parser: argparse.ArgumentParser, default: str = "auto") -> None:
+    parser.add_argument("--device", default=default, help=f"auto, cpu, cuda[:i], npu[:i] (default: {default})")
 
 
 def add_prefix_cache_flags(parser: argparse.ArgumentParser) -> None:

@@ -76,13 +76,16 @@ def _partial(streams: Tensor, fn: Tensor, tiles: Tiles) -> Tensor:
 
 
 @triton.jit
-def project_kernel(streams, fn, partial, tokens, width, chunks, ROWS: tl.constexpr, PAD: tl.constexpr, BK: tl.constexpr):
-    """streams [T, width], fn [ROWS, width] -> partial [chunks, T, PAD]: products over BK columns, then their squares."""
+def project_kernel(
+    streams, fn, partial, tokens, width, chunks, ROWS: tl.constexpr, PAD: tl.constexpr, BK: tl.constexpr
+):
+    """streams [T, width], fn [ROWS, width] -> partial [chunks, T, PAD]: products over BK columns, then the squares."""
     row = tl.arange(0, PAD)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         k = chunk * BK + tl.arange(0, BK)
         inside = k < width
-        weight = tl.load(fn + row[:, None] * width + k[None, :], mask=(row[:, None] < ROWS) & inside[None, :], other=0.0)
+        mask = (row < ROWS)[:, None] & inside[None, :]
+        weight = tl.load(fn + row[:, None] * width + k[None, :], mask=mask, other=0.0)
         for t in range(tokens):
             x = tl.load(streams + t * width + k, mask=inside, other=0.0).to(tl.float32)
             products = tl.sum(weight * x[None, :], axis=1)

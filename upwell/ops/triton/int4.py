@@ -97,7 +97,8 @@ def product_kernel(
 def decode_kernel(
     packed, scales, out, outputs, half, row_blocks, byte_blocks, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
 ):
-    """packed INT8 [outputs, half] -> out [outputs, 2, half]: integers (GROUP 0), or values by scales [outputs, groups]."""
+    """packed INT8 [outputs, half] -> out [outputs, 2, half]: integers (GROUP 0), or values by scales [outputs, groups].
+    """
     for item in range(tl.program_id(0), row_blocks * byte_blocks, tl.num_programs(0)):
         n = (item // byte_blocks) * BN + tl.arange(0, BN)
         k = (item % byte_blocks) * BK + tl.arange(0, BK)
