@@ -79,5 +79,6 @@ def test_a_rank_of_four_keeps_a_quarter_of_the_experts(way: tuple[int, int], tmp
     dense = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert held == expert_bytes / 4
     own = held if way[1] > 1 else held / 3  # w1 and w3 stay in the file, w2's columns are copied
-    assert own < grown < own + dense + (12 << 20)
+    assert grown < own + dense + (12 << 20)
+    assert way[1] == 1 or grown > own  # tp's copies may lie where the first rank's were
     assert dense < expert_bytes / 4
