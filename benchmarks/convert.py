@@ -1,12 +1,13 @@
 """upwell convert at V4-Flash's geometry: speed against the disk's, memory's and plain PyTorch's; peak memory.
 
-    python benchmarks/convert.py [--layers 2] [--experts 256] [--directory DIR] [--jobs N] [--json OUT]
+    python benchmarks/convert.py [--layers 2] [--experts 256] [--vocab 129280] [--source DIR] [--json OUT]
 
-Writes a checkpoint in the official formats with Flash's widths, random weights and fewer layers (2: 9.2 GB) to DIR,
-and converts it to W8A8 and W4A8, each in a process of its own, with nothing of the source in the page cache. In the
-same run and directory: reading and writing files (synced), copying memory, and the plain PyTorch way (read a shard,
-dequantize, quantize, write it, one after another), on a few of the source's shards before, between and after. Needs
-25 GB of disk for 2 layers; everything made is removed. Without a quiet machine the figures mean little.
+Writes a checkpoint in the official formats with Flash's widths, random weights and fewer layers (2: 9.2 GB), or takes
+the one that an earlier run left in DIR, and converts it to W8A8 and W4A8, each in a process of its own, with nothing of
+the source in the page cache. In the same run and on the same disk, before and after each: reading and writing files
+(synced), copying memory, and the plain PyTorch way (read a shard, dequantize, quantize, write it) on one of the
+source's shards. Needs 25 GB of disk for 2 layers; all but DIR is removed. Without a quiet machine the figures mean
+little, but for the memory's.
 
 A speed is bytes read and written over the seconds they took. The disk's is that of reading as many bytes as the source
 has and writing as many as the target has, one after the other, at the rates measured.
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +45,7 @@ from upwell.formats.fp4 import quantize_fp4
 from upwell.ops.requantize import requantize
 
 BARS = {"of the slower of disk and memory copy": 0.60, "over plain PyTorch": 2.0}
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 29
 POOL = 1 << 26
 
 
@@ -109,7 +111,7 @@ def forget(directory: Path) -> None:
 
 def disk_rates(directory: Path, source: Path) -> dict[str, float]:
     """GB a second: reading a source shard that isn't cached, writing a synced file, copying memory."""
-    shard = sorted(source.glob("*.safetensors"))[1]
+    shard = sorted(source.glob("*.safetensors"))[0]
     forget(source)
     buffer = bytearray(64 << 20)
     begun = time.perf_counter()
@@ -117,7 +119,7 @@ def disk_rates(directory: Path, source: Path) -> dict[str, float]:
         while stream.readinto(buffer):
             pass
     read = shard.stat().st_size / (time.perf_counter() - begun)
-    probe, count = directory / "probe", 16
+    probe, count = directory / "probe", 8
     begun = time.perf_counter()
     with probe.open("wb", buffering=0) as stream:
         for _ in range(count):
@@ -167,21 +169,36 @@ def plain_pytorch(shard: Path, out: Path) -> dict[str, float]:
 
 
 def ours(source: Path, out: Path, to: str, jobs: int | None) -> dict[str, float]:
-    """`upwell convert` in a process of its own; its peak memory is what the system says of it."""
+    """`upwell convert` in a process of its own."""
     forget(source)
     command = [sys.executable, "-m", "upwell.cli", "convert", str(source), str(out), "--to", to]
     command += ["--jobs", str(jobs)] if jobs else []
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
+    while True:
+        peak = max(peak, high_water(process.pid))
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.02)
+    seconds = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    seconds = time.perf_counter() - begun
     moved = size(source) + size(out)
     record = {"seconds": seconds, "gb": moved / 1e9, "gb_per_s": moved / seconds / 1e9, "written_gb": size(out) / 1e9,
-              "processor_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}  # fmt: skip
+              "processor_s": usage.ru_utime + usage.ru_stime, "peak_mib": peak / 1024}  # fmt: skip
     shutil.rmtree(out)
     return record
+
+
+def high_water(pid: int) -> int:
+    """Peak resident memory so far, KiB. (wait4's figure counts what this process had when it forked.)"""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) if found else 0
 
 
 def size(directory: Path) -> int:
@@ -205,8 +222,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--plain-shards", type=int, default=3, help="of the source's, for the plain way")
-    parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
+    parser.add_argument("--vocab", type=int, help="a smaller one leaves mostly experts, as in all of Flash")
+    parser.add_argument("--source", type=Path, help="make the checkpoint there, or take it if it is there")
+    parser.add_argument("--to", nargs="+", default=["w8a8", "w4a8"], choices=["w8a8", "w4a8"])
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True, help="the plain way too")
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -214,8 +233,10 @@ def main() -> None:
     config = dataclasses.replace(
         flash, num_hidden_layers=arguments.layers, compress_ratios=flash.compress_ratios[2 : 2 + arguments.layers],
         n_routed_experts=arguments.experts, num_nextn_predict_layers=0, num_hash_layers=1,
+        vocab_size=arguments.vocab or flash.vocab_size,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+    parent = arguments.source.parent if arguments.source else None
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         record = measure(Path(folder), config, arguments)
     report(record)
     if arguments.json:
@@ -223,47 +244,51 @@ def main() -> None:
 
 
 def measure(folder: Path, config: ModelConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    source = folder / "source"
-    write_official(source, config)
+    source = arguments.source or folder / "source"
+    if not source.exists():
+        write_official(source, config)
+    config = ModelConfig.from_file(source / "config.json")
     largest = max(prod(slot.shape) * 2 for slot in slots(config) if slot.kind == "plain")
-    shards = sorted(source.glob("*.safetensors"))[1 : 1 + arguments.plain_shards]
-    rates, plain, runs = [], [], {}
+    shards = sorted(source.glob("*.safetensors"))
+    rates, plain, runs = [disk_rates(folder, source)], [], {}
     # Interleaved, so that whatever else the machine does weighs on all alike.
-    targets = iter(("w8a8", "w4a8"))
-    for i, shard in enumerate(shards):
+    for i, to in enumerate(arguments.to):
+        if arguments.plain:
+            forget(source)
+            plain.append(plain_pytorch(shards[len(shards) // 2 - i], folder / "plain.safetensors"))
+        runs[to] = ours(source, folder / to, to, arguments.jobs)
         rates.append(disk_rates(folder, source))
-        forget(source)
-        plain.append(plain_pytorch(shard, folder / "plain.safetensors"))
-        if (to := next(targets, None)) is not None:
-            runs[to] = ours(source, folder / f"out-{i}", to, arguments.jobs)
-    rates.append(disk_rates(folder, source))
     mean = {key: len(rates) / sum(1 / rate[key] for rate in rates) for key in rates[0]}
     for run in runs.values():
-        read = size(source) / 1e9
-        disk = run["gb"] / (read / mean["read"] + run["written_gb"] / mean["write"])
+        disk = run["gb"] / (size(source) / 1e9 / mean["read"] + run["written_gb"] / mean["write"])
         run["disk_gb_per_s"] = disk
         run["of_slower"] = run["gb_per_s"] / min(disk, mean["copy"])
-    plain_rate = sum(p["gb"] for p in plain) / sum(p["seconds"] for p in plain)
-    return {
+    record = {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__,
-        "source": {"gb": size(source) / 1e9, "layers": config.num_hidden_layers, "experts": config.n_routed_experts},
+        "source": {"gb": size(source) / 1e9, "layers": config.num_hidden_layers, "experts": config.n_routed_experts,
+                   "vocab": config.vocab_size},
         "jobs": arguments.jobs, "rates_gb_per_s": mean, "rates": rates, "one_thread_gb_per_s": parts(), "ours": runs,
-        "plain": plain, "plain_gb_per_s": plain_rate, "over_plain": runs["w8a8"]["gb_per_s"] / plain_rate,
         "memory": {"largest_tensor_mib": largest / 2**20, "bar_mib": 3 * largest / 2**20 + 1024}, "bars": BARS,
     }  # fmt: skip
+    if plain:
+        rate = sum(p["gb"] for p in plain) / sum(p["seconds"] for p in plain)
+        first = next(iter(runs.values()))
+        record |= {"plain": plain, "plain_gb_per_s": rate, "over_plain": first["gb_per_s"] / rate}
+    return record
 
 
 def report(record: dict[str, Any]) -> None:
     rates = record["rates_gb_per_s"]
     print(f"{record['cpu']}, source {record['source']['gb']:.2f} GB. GB/s: disk reads {rates['read']:.2f}, writes "
-          f"{rates['write']:.2f}, memory copies {rates['copy']:.2f}, plain PyTorch {record['plain_gb_per_s']:.3f}")
+          f"{rates['write']:.2f}, memory copies {rates['copy']:.2f}")  # fmt: skip
     print("one thread, GB/s: " + ", ".join(f"{k} {v:.2f}" for k, v in record["one_thread_gb_per_s"].items()))
     for to, run in record["ours"].items():
         print(f"{to}: {run['seconds']:.0f} s ({run['processor_s']:.0f} s of processors), {run['gb_per_s']:.3f} GB/s, "
               f"{run['of_slower']:.0%} of the slower of disk ({run['disk_gb_per_s']:.3f}) and memory copy; peak "
               f"{run['peak_mib']:,.0f} MiB (bar {record['memory']['bar_mib']:,.0f})")  # fmt: skip
-    print(f"W8A8 over plain PyTorch: {record['over_plain']:.1f}x")
+    if "plain" in record:
+        print(f"plain PyTorch: {record['plain_gb_per_s']:.3f} GB/s; upwell {record['over_plain']:.1f} times that")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ FORMATS: dict[str, list[str]] = {
     "fp8": ["--to", "fp8"],
     "w8a8-vllm-ascend": ["--to", "w8a8", "--recipe", "vllm-ascend"],
     "w8a8-msmodelslim": ["--to", "w8a8", "--recipe", "msmodelslim"],
-    "w8a8-upwell": ["--to", "w8a8", "--recipe", "upwell"],
-    "w4a8-plain": ["--to", "w4a8", "--recipe", "upwell"],
-    "w4a8-calibrated": ["--to", "w4a8", "--recipe", "upwell", "--calibration", "{calibration}"],
+    "w4a8-plain": ["--to", "w4a8"],
+    "w4a8-calibrated": ["--to", "w4a8", "--calibration", "{calibration}"],
     "w4a16-plain": ["--to", "w4a16"],
     "w4a16-calibrated": ["--to", "w4a16", "--calibration", "{calibration}"],
 }

@@ -6,8 +6,8 @@
 Two bars. Load: no 5xx, resident memory flat within 5% after the first 30 s, all blocks free at the end, and every
 finished stream equal to its lone run, while a tenth of the clients leave in the middle, a tenth read slowly and a tenth
 send garbage. Cost: 64 streams over HTTP reach at least 90% of the tokens a second that the engine alone makes of the
-same requests, on the same cores, in turn. The client has a core of its own where there are two. By the clock this needs
-a quiet machine; the CPU time a token doesn't, and can't hide behind idle cores.
+same requests with as many kernel threads, one less than there are cores. The CPU time a token is told beside it: it
+can't hide behind a core that is otherwise idle.
 """
 
 from __future__ import annotations
@@ -216,17 +216,14 @@ def cpu_seconds(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def cost(model: Path | None, tokens: int, rounds: int) -> dict[str, Any]:
-    """Rounds of the engine alone and of the server in turn, both on all cores but the last, the client on that one:
-    what it takes is not the server's. Tokens a second, by the clock and by the CPU time of the process."""
-    cores = sorted(os.sched_getaffinity(0))
-    theirs = set(cores[:-1] or cores)
-    os.sched_setaffinity(0, theirs)  # for the processes to inherit
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(theirs))}
-    again = [sys.executable, __file__, "--engine-only", "--tokens", str(tokens), *model_flag(model)]
+def cost(model: Path | None, rounds: int) -> dict[str, Any]:
+    """Rounds of the engine alone and of the server in turn. The kernels of both take all cores but one; that one is
+    left to HTTP and to the client. Tokens a second, by the clock and by the process's CPU time (not the client's)."""
+    threads = max(1, (os.cpu_count() or 1) - 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    again = [sys.executable, __file__, "--engine-only", *model_flag(model)]
     alone = subprocess.Popen(again, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     process, port = start(model, COST_STREAMS, "--no-enable-prefix-caching", env=environment)
-    os.sched_setaffinity(0, {cores[-1]})
     speeds: dict[str, list[float]] = {name: [] for name in ("engine", "served", "engine_cpu", "served_cpu")}
     try:
         assert alone.stdin is not None and alone.stdout is not None
@@ -240,17 +237,16 @@ def cost(model: Path | None, tokens: int, rounds: int) -> dict[str, Any]:
             speeds["engine"].append(made / seconds)
             speeds["engine_cpu"].append(made / cpu)
             began, cpu = time.perf_counter(), cpu_seconds(watched)
-            served = asyncio.run(http_round(port, tokens))
+            served = asyncio.run(http_round(port, COST_TOKENS))
             speeds["served"].append(served / (time.perf_counter() - began))
             speeds["served_cpu"].append(served / (cpu_seconds(watched) - cpu))
     finally:
         alone.kill()
         process.terminate()
         process.wait(60)
-        os.sched_setaffinity(0, set(cores))
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     return {
-        "streams": COST_STREAMS, "tokens": tokens, "cores_of_the_server": len(theirs), "samples": speeds,
+        "streams": COST_STREAMS, "tokens": COST_TOKENS, "kernel_threads": threads, "samples": speeds,
         "percent": round(100 * (1 - middle["served"] / middle["engine"]), 1),
         "cpu_percent": round(100 * (1 - middle["served_cpu"] / middle["engine_cpu"]), 1),
     }  # fmt: skip
@@ -302,7 +298,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     if arguments.engine_only:
-        engine_rounds(arguments.model, arguments.tokens)
+        engine_rounds(arguments.model, COST_TOKENS)
         return
     from upwell.bench.record import cpu_name
 
@@ -317,7 +313,7 @@ def main() -> None:
     if not arguments.skip_cost:
         models = [("upwell-nano" if model is None else model.name, model) for model in arguments.cost_models or [None]]
         for name, model in models:
-            result.setdefault("cost", {})[name] = told = cost(model, COST_TOKENS, arguments.rounds)
+            result.setdefault("cost", {})[name] = told = cost(model, arguments.rounds)
             bar(f"http_cost_percent of {name}", told["percent"], told["percent"] <= 10)
             print(f"     {told['cpu_percent']} percent more CPU time a token", flush=True)
     if not arguments.skip_load:

@@ -8,6 +8,7 @@
 
 constexpr int kPackedRows = 64;  // the most input rows these kernels take
 constexpr int kPadding = 8 * kLanes;  // cols are padded to whole chunks
+constexpr int64_t kRowShift = 512;  // bytes between input rows: without it, they would share the same few sets of L1
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr bool kManyRegisters = true;  // 32
 #else
@@ -87,14 +88,14 @@ struct Inputs {
 #endif
 
 constexpr int64_t packed_row_bytes(int64_t cols) {  // of one prepared row: floats, or bytes with their sums and scales
-  return 4 * (cols + 2 * kPadding) + 64;
+  return 4 * (cols + 2 * kPadding) + 64 + kRowShift;
 }
 
 template <int64_t F>
 static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
   constexpr int P = kParts<F>;
   const int64_t chunk = P * kLanes, padded = (in.n + chunk - 1) / chunk * chunk;
-  in.row_bytes = 4 * padded;
+  in.row_bytes = 4 * padded + kRowShift;
   in.fits = true;
   for (int64_t c = 0; c < in.t; ++c, x += ldx) {
     float up[2] = {1.0f, 1.0f};
@@ -195,7 +196,8 @@ INLINE void packed_chunk(const Rows& w, int64_t col, int64_t ahead, const Inputs
         for (int r = 0; r < R; ++r) parts[r][k] *= factor[r];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const Vec x = load(in.row<float>(c0 + c) + col + k * kLanes);  // once for all rows
+        Vec x = load(in.row<float>(c0 + c) + col + k * kLanes);
+        if constexpr (C == kPackedRows) x = held(x);  // once for all rows
         for (int r = 0; r < R; ++r) acc[r][c] += parts[r][k] * x;
       }
     }
@@ -251,11 +253,13 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
   const uint8_t* scale = nullptr;
   if (F == kFP8) scale = m.scale + first / 128 * ((n + 127) / 128);
   if (F == kFP4) scale = m.scale + first * row_scales;
-  const int64_t ahead = C < 4 ? R * row_bytes : block * 4 / kParts<F>;
   Vec sums[kTile * C] = {};
   VecI nan{};
   for (int64_t from = 0; from < n; from += block) {
     const int64_t to = from + block < n ? from + block : n;
+    // What comes next: rows, the next block of these, or the first of the tile after next (the next is another thread's).
+    int64_t ahead = R * row_bytes;
+    if (block < n) ahead = to < n ? block * 4 / kParts<F> : 2 * kTile * row_bytes - from * 4 / kParts<F>;
     int r = 0;
     for (; r + R <= width; r += R)
       packed_block<F, R, C>({data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}, from, to, ahead, in, c0, sums + r * C, nan);

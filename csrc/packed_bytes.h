@@ -51,7 +51,7 @@ struct alignas(VECTOR_BYTES) ByteChunk {
 static void lay_out_bytes(Inputs& in, const float* x, int64_t ldx) {
   constexpr int64_t chunk = 2 * VECTOR_BYTES;
   const int64_t chunks = (in.n + chunk - 1) / chunk;
-  in.row_bytes = chunks * int64_t(sizeof(ByteChunk));
+  in.row_bytes = chunks * int64_t(sizeof(ByteChunk)) + kRowShift;
   in.fits = true;
   for (int64_t c = 0; c < in.t; ++c, x += ldx) {
     const int e = exponent_of(x, in.n);

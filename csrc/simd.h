@@ -11,6 +11,17 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), 
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+// v, from here on in a register: the compiler would rather read it again from memory for each use.
+INLINE Vec held(Vec v) {
+#if VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec zero() { return Vec{}; }
 INLINE Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
@@ -118,22 +129,6 @@ INLINE Vec exp_vec(Vec x) {
 }
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_vec(-x)); }
 
-// exp of x <= 0 (or NaN): what a softmax needs, in fewer steps. Below -87 the result is about 1e-38, not 0.
-INLINE Vec exp_below(Vec x) {
-  const Vec magic = splat(12582912.0f);
-  const Vec clamped = select(x < -87.0f, splat(-87.0f), x);
-  const Vec shifted = clamped * 1.44269504f + magic, n = shifted - magic;
-  const Vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * reinterpret_cast<Vec>((reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic) + 127) << 23);
-}
-
 INLINE Vec square_root(Vec v) {
 #if VECTOR_BYTES == 64
   return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
@@ -165,6 +160,8 @@ INLINE Vec exp2_below(Vec x) {
   p = p * r + 1.0f;
   return select(x < -126.0f, zero(), reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23)));
 }
+
+INLINE Vec exp_below(Vec x) { return exp2_below(x * 1.44269504f); }
 
 // log(1 + e^x), by log1p(u) = 2 atanh(u / (2 + u)).
 INLINE Vec softplus(Vec x) {

@@ -208,7 +208,7 @@ def router_gap(chunks: list[Any]) -> float:
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """ "modules": the plain modules, whatever this install has; "kernels": its C++ kernels, where they serve."""
-    with patch.object(compiled, "plan", (lambda model: None) if name == "modules" else compiled.plan):
+    with patch.object(compiled, "plan", (lambda model, heads=False: None) if name == "modules" else compiled.plan):
         yield
 
 

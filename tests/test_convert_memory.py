@@ -21,11 +21,11 @@ from convert import write_official
 
 # Run by itself: the most memory it had beyond what it began with.
 RUN = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from upwell.checkpoint.convert import Conversion, convert
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak()
 convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], jobs=2, shards=4))
 print(peak() - before)

@@ -135,8 +135,8 @@ def test_intervals_of_differences() -> None:
 @pytest.fixture(scope="module")
 def integer_nanos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("nanos")
-    convert(Conversion(nano_path(), made / "w8a8", "w8a8", recipe="upwell"))
-    convert(Conversion(nano_path(), made / "w4a8", "w4a8", recipe="upwell"))
+    convert(Conversion(nano_path(), made / "w8a8", "w8a8"))
+    convert(Conversion(nano_path(), made / "w4a8", "w4a8"))
     return made
 
 

@@ -57,7 +57,7 @@ def assert_same(model: Transformer, ids: Tensor, cuts: list[int], monkeypatch: p
     if native.library() is not None:
         assert compiled.plan(model) is not None
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "plan", lambda model: None)
+        patch.setattr(compiled, "plan", lambda model, heads=False: None)
         plain, plain_cache = outputs(model, ids, cuts)
     assert (fast - plain).abs().max() <= 1e-5 * plain.abs().max()
     for ours, theirs in zip(fast_cache.layers, plain_cache.layers, strict=True):
@@ -144,7 +144,7 @@ def test_extremes_are_where_plain_has_them(isa: str, value: float, monkeypatch: 
     model.embed.weight[3] = value
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     fast, _ = outputs(model, ids, [5])
-    monkeypatch.setattr(compiled, "plan", lambda model: None)
+    monkeypatch.setattr(compiled, "plan", lambda model, heads=False: None)
     plain, _ = outputs(model, ids, [5])
     # Token 3 stands at position 2. Plain multiplies hidden keys by 0, so its NaN reaches earlier positions too;
     # the kernels never read a hidden key, and earlier positions are what they are without the extreme.
@@ -210,7 +210,7 @@ def test_selected_index_sets_equal_plain(isa: str, cuts: list[int], monkeypatch:
             outputs(model, ids, cuts)
     monkeypatch.setattr(indexer, "select_entries", keep)
     monkeypatch.setattr(ops_indexer, "select_entries", keep)  # where a decode step chooses
-    monkeypatch.setattr(compiled, "plan", lambda model: None)
+    monkeypatch.setattr(compiled, "plan", lambda model, heads=False: None)
     outputs(model, ids, cuts)
     assert len(plain_picks) == 2 * len(cuts) and all((picks >= 0).any() for picks in plain_picks)
     for call, picks in enumerate(native_picks):
@@ -289,6 +289,6 @@ def test_drafts_equal_plain(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat(parts)
 
     fast = drafts()
-    monkeypatch.setattr(compiled, "plan", lambda model: None)
+    monkeypatch.setattr(compiled, "plan", lambda model, heads=False: None)
     plain = drafts()
     assert (fast - plain).abs().max() <= 1e-5 * plain.abs().max()

@@ -66,6 +66,8 @@ class ReplyParser:
         self._calls = 0
 
     def push(self, text: str) -> list[Event]:
+        if not self._tools and self._state is _State.CONTENT and not self._held:  # nothing to look for
+            return [Content(text)] if text else []
         self._held += text
         events: list[Event] = []
         while self._advance(events):

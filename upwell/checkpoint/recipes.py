@@ -21,12 +21,6 @@ RECIPES = {
     ),
     # What msmodelslim's V4 recipes do, without their rotation and smoothing: the projections from the hidden state too.
     "msmodelslim": re.compile(rf"{_FFN}|\.attn\.(wq_a|wq_b|wkv|indexer\.wq_b)\.weight$"),
-    # Upwell's own, by what each part costs nano (docs/quality.md): vllm-ascend's without the shared expert, which every
-    # token takes and which costs as much as all routed ones together, for a hundredth of their bytes.
-    "upwell": re.compile(
-        r"\.ffn\.experts\.\d+\.w[123]\.weight$|\.attn\.(wq_b|wo_b|indexer\.wq_b)\.weight$"
-        r"|^mtp\.\d+\.(e_proj|h_proj|main_proj)\.weight$"
-    ),
 }
 
 

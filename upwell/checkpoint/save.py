@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -274,8 +275,8 @@ def write_shard(
         if digest is not None:
             digest.update(head)
         at = 0
-        for piece in pieces:
-            for tensor in piece.make():
+        for tensors in _made_ahead(pieces):
+            for tensor in tensors:
                 raw = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
                 stream.write(raw.numpy().data)
                 if digest is not None:
@@ -285,6 +286,18 @@ def write_shard(
                 progress(at)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _made_ahead(pieces: list[Piece]) -> Iterator[tuple[Tensor, ...]]:
+    """What each piece makes, the next one while this one is being written."""
+    threads = torch.get_num_threads()  # a new thread has as many as there are processors
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as maker:
+        following = maker.submit(pieces[0].make)
+        for piece in pieces[1:]:
+            tensors = following.result()
+            following = maker.submit(piece.make)
+            yield tensors
+        yield following.result()
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:

@@ -43,6 +43,20 @@ class _Unsupported(Exception):
     """This model has something that the kernels don't take."""
 
 
+class _Watch:
+    """Tensors that a plan points to, where each came from, and the versions of those that were copied."""
+
+    def __init__(self, watched: list[tuple[dict[str, Any], str, Any, int]]) -> None:
+        self.owners, self.names, self.tensors, versions = map(list, zip(*watched, strict=True))
+        copied = [(t, v) for t, v in zip(self.tensors, versions, strict=True) if v >= 0]
+        self.copied, self.versions = [t for t, _ in copied], [v for _, v in copied]
+
+    def current(self) -> bool:
+        """The model still holds these tensors, and copies are up to date."""
+        same = all(map(is_, map(getitem, self.owners, self.names), self.tensors))
+        return same and list(map(_version, self.copied)) == self.versions
+
+
 @dataclass
 class Plan:
     """Structs with the addresses of one model's tensors, and what keeps these alive."""
@@ -53,20 +67,12 @@ class Plan:
     head: native.HeadCall
     mtp_heads: list[native.HeadCall]
     kept: list[Any]
-    owners: list[dict[str, Any]]  # where each tensor came from
-    names: list[str]
-    tensors: list[Any]
-    copied: list[Tensor]  # those that were copied, and the versions they had
-    versions: list[int]
+    of_layers: _Watch
+    of_heads: _Watch
     callbacks: list[Callbacks]  # of experts that are on disk: all layers', then each MTP block's
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def current(self) -> bool:
-        """The model still holds the tensors that the plan points to, and copies are up to date."""
-        same = all(map(is_, map(getitem, self.owners, self.names), self.tensors))
-        return same and list(map(_version, self.copied)) == self.versions
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
@@ -227,12 +233,15 @@ class _Builder:
         return out
 
 
-def plan(model: Transformer) -> Plan | None:
-    """The model's plan, made or remade where needed; None where the kernels can't serve this model now."""
+def plan(model: Transformer, heads: bool = False) -> Plan | None:
+    """The model's plan, made or remade where needed; None where the kernels can't serve this model now.
+
+    Only what the caller runs is checked for changes, which costs a decode step of a small model: layers or `heads`.
+    """
     if torch.is_grad_enabled() or native.library() is None or torch.compiler.is_compiling():
         return None
     held: Plan | bool | None = model.__dict__.get("_plan", False)
-    if isinstance(held, Plan) and held.current():
+    if isinstance(held, Plan) and (held.of_heads if heads else held.of_layers).current():
         return held
     if held is None:
         return None
@@ -269,22 +278,19 @@ def _make(model: Transformer) -> Plan | None:
     try:
         layers = (native.Layer * len(blocks))(*(build.layer(block) for block in blocks))
         mtp = [(native.Layer * 1)(build.layer(block)) for block in model.mtp]  # type: ignore[arg-type]
+        count = len(build.watched)
         out = build.linear(model.head)
         head, *mtp_heads = (build.head(shape, owner, out) for owner in (model, *model.mtp))
     except _Unsupported:
         return None
     shape.by_tokens = int(not is_part and build.formats == {_PANELS} and dense <= _CACHED_BYTES)
-    owners, names, tensors, versions = map(list, zip(*build.watched, strict=True))
-    copied = [tensor for tensor, version in zip(tensors, versions, strict=True) if version >= 0]
+    watches = _Watch(build.watched[:count]), _Watch(build.watched[count:])
     callbacks = []
     if model.pages is not None:
         tables, n = build.paged, len(blocks)
         callbacks = [Callbacks(model.pages, tables[:n], 0)]
         callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
-    return Plan(
-        shape, layers, mtp, head, mtp_heads, build.kept, owners, names, tensors, copied,
-        [v for v in versions if v >= 0], callbacks,
-    )  # fmt: skip
+    return Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches, callbacks)
 
 
 def _cache_layers(layers: list[LayerCache]) -> Any:

@@ -156,7 +156,7 @@ class Transformer(nn.Module):
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""
-        if (plan := compiled.plan(self)) is not None:
+        if (plan := compiled.plan(self, heads=True)) is not None:
             return compiled.run_head(plan, streams, self.head.out_features)
         return self._head(self.norm(self.hc_head(streams)))
 
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
 
     def draft_logits(self, streams: Tensor, depth: int = 0) -> Tensor:
         """An MTP block's streams [T, h, D] -> logits [T, V], FP32."""
-        if (plan := compiled.plan(self)) is not None:
+        if (plan := compiled.plan(self, heads=True)) is not None:
             return compiled.run_head(plan, streams, self.head.out_features, mtp=depth)
         block = self._mtp_block(depth)
         return self._head(block.norm(block.hc_head(streams)))

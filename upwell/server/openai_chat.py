@@ -80,7 +80,7 @@ class _Completion:
         options = self.body.stream_options
         try:
             async for pieces in self.record.count(self.reply):
-                yield b"".join(part for piece in pieces for part in self._piece_events(piece, started, called))
+                yield b"".join([part for piece in pieces for part in self._piece_events(piece, started, called)])
             if options is not None and options.include_usage:
                 yield self._event([], self._usage())
         except UpwellError as error:

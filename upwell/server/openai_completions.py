@@ -91,7 +91,7 @@ class _Completion:
                 for k in range(len(self.offsets)):
                     yield event(self._frame([self._choice(k, self.echoes[k // self.n])]))
             async for first, pieces in self._pieces():
-                yield b"".join(self._event(first + piece.index, piece) for piece in pieces)
+                yield b"".join([self._event(first + piece.index, piece) for piece in pieces])
             if options is not None and options.include_usage:
                 yield event(self._frame([]) | {"usage": usage_of(self.record)})
         except UpwellError as error:
@@ -170,4 +170,6 @@ class _Completion:
 
 
 def _text(piece: Piece) -> str:
+    if len(piece.events) == 1 and isinstance(piece.events[0], Content):  # most of them
+        return piece.events[0].text
     return "".join(part.text for part in piece.events if isinstance(part, Content))

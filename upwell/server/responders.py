@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Literal, Protocol
 
 from upwell.chat import ReplyParser, encode_messages
@@ -211,13 +210,16 @@ class ModelResponder:
             outputs = [_Output(self._tokenizer.decode, params.stops, parser, parallel) for parser in parsers]
             try:
                 while left and (deltas := await inbox.take()):
-                    good = list(takewhile(lambda delta: delta.error is None, deltas))
-                    left -= sum(delta.finish_reason is not None for delta in good)
+                    good, error = [], None
+                    for delta in deltas:
+                        if delta.error is not None:
+                            error = delta.error
+                            break
+                        left -= delta.finish_reason is not None
+                        good.append(outputs[delta.index].piece(delta))
                     if good:
-                        yield [outputs[delta.index].piece(delta) for delta in good]
-                    if len(good) < len(deltas):
-                        error = deltas[len(good)].error
-                        assert error is not None
+                        yield good
+                    if error is not None:
                         raise error
             finally:
                 if left:

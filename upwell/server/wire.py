@@ -8,6 +8,7 @@ import json
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from json.encoder import encode_basestring
 from typing import Any
 
 from starlette.responses import Response
@@ -48,7 +49,10 @@ class TextEvents:
         self._before, _, self._after = event(make(_HOLE), name).partition(dump(_HOLE))
 
     def __call__(self, text: str) -> bytes:
-        return self._before + dump(text) + self._after
+        try:
+            return self._before + encode_basestring(text).encode() + self._after
+        except UnicodeEncodeError:
+            return self._before + dump(text) + self._after
 
 
 class ClientGone(Exception):
