@@ -79,8 +79,8 @@ def instances(tiles: Tiles) -> Iterator[Instance]:
         yield (
             int4.product_kernel,
             {
-                "rows": STREAMS if group else "*fp32", "packed": "*i8", "scales": "*fp32", "picks": "*i64",
-                "row_scales": "*fp32", "out": STREAMS,
+                "rows": STREAMS if group else "*fp32", "packed": "*i8", "picks": "*i64", "row_scales": "*fp32",
+                "scales": "*bf16" if group else "*fp32", "out": STREAMS,
                 **numbers(("pairs", "outputs", "half", "groups", "blocks"), "i32"),
             },
             {**constants, "ROW_SCALES": group == 0},
@@ -88,7 +88,7 @@ def instances(tiles: Tiles) -> Iterator[Instance]:
         yield (
             int4.decode_kernel,
             {
-                "packed": "*i8", "scales": "*fp32", "out": STREAMS if group else "*i8",
+                "packed": "*i8", "scales": "*bf16" if group else "*fp32", "out": STREAMS if group else "*i8",
                 **numbers(("outputs", "half", "row_blocks", "byte_blocks"), "i32"),
             },
             constants,

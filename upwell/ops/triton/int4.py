@@ -16,12 +16,12 @@ def products(
     rows: Tensor, packed: Tensor, scales: Tensor, picks: Tensor, row_scales: Tensor | None, dtype: torch.dtype,
     tiles: Tiles,
 ) -> Tensor | None:  # fmt: skip
-    """Each row by its own pick of the weights: rows [P, in], packed uint8 [E, out, in/2], scales FP32 [E, out] or
-    [E, out, in/group], picks [P], row_scales [P] FP32 or None -> [P, out] of `dtype`, summed in FP32."""
+    """Each row by its own pick of the weights: rows [P, in], packed uint8 [E, out, in/2], scales FP32 [E, out]
+    or BF16 [E, out, in/group], picks [P], row_scales [P] FP32 or None -> [P, out] of `dtype`, summed in FP32."""
     pairs, (_, outputs, half) = rows.shape[0], packed.shape
     groups = scales.shape[2] if scales.dim() == 3 else 0
     group = 2 * half // groups if groups else 0
-    if pairs == 0 or not _covers(group, tiles) or scales.dtype != torch.float32:
+    if pairs == 0 or not _covers(group, tiles) or scales.dtype not in (torch.float32, torch.bfloat16):
         return None
     if not (packed.is_contiguous() and scales.is_contiguous()):
         return None
@@ -38,7 +38,7 @@ def products(
 
 def decode(packed: Tensor, scale: Tensor | None, dtype: torch.dtype, tiles: Tiles) -> Tensor | None:
     """uint8 [out, in/2] -> [out, in] of `dtype`, its even columns before its odd ones (as split_columns has them): the
-    integers where `scale` is None, else their values by scale FP32 [out, in/group]."""
+    integers where `scale` is None, else their values by scale BF16 [out, in/group]."""
     outputs, half = packed.shape
     group = 0 if scale is None else 2 * half // scale.shape[1]
     if not _covers(group, tiles) or not packed.is_contiguous() or (scale is not None and not scale.is_contiguous()):
@@ -85,9 +85,10 @@ def product_kernel(
                 g = k0 * 2 // GROUP + tl.arange(0, SPAN)
                 known = inside[:, None] & (g < groups)[None, :]
                 step = tl.load(steps + n[:, None] * groups + g[None, :], mask=known, other=0.0)
-                total += tl.sum(tl.sum(tl.reshape(terms, (BN, SPAN, GROUP // 2)), axis=2) * step, axis=1)
+                sums = tl.sum(tl.reshape(terms, (BN, SPAN, GROUP // 2)), axis=2)
+                total += tl.sum(sums * step.to(tl.float32), axis=1)
         if GROUP == 0:
-            total *= tl.load(scales + first + n, mask=inside, other=0.0)
+            total *= tl.load(scales + first + n, mask=inside, other=0.0).to(tl.float32)
         if ROW_SCALES:
             total *= tl.load(row_scales + p)
         tl.store(out + p * outputs + n, total.to(out.dtype.element_ty), mask=inside)
@@ -112,7 +113,7 @@ def decode_kernel(
             groups = 2 * half // GROUP
             g = (item % byte_blocks) * SPAN + tl.arange(0, SPAN)
             known = inside[:, None] & (g < groups)[None, :]
-            step = tl.load(scales + n[:, None] * groups + g[None, :], mask=known, other=0.0)[:, :, None]
+            step = tl.load(scales + n[:, None] * groups + g[None, :], mask=known, other=0.0).to(tl.float32)[:, :, None]
             even = tl.reshape(tl.reshape(even, (BN, SPAN, GROUP // 2)) * step, (BN, BK))
             odd = tl.reshape(tl.reshape(odd, (BN, SPAN, GROUP // 2)) * step, (BN, BK))
         to = out + n[:, None] * 2 * half + k[None, :]
