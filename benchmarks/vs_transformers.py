@@ -311,11 +311,21 @@ def alone(what: str) -> dict[str, Any]:
     return result
 
 
+def save(directory: Path) -> None:
+    """Our model as a checkpoint, with nano's tokenizer: for `upwell bench serve` and server_load.py."""
+    from upwell.checkpoint import save_checkpoint
+    from upwell.engine.llm import nano_path
+
+    save_checkpoint(build()[1], directory, quantize=False)
+    (directory / "tokenizer.json").write_bytes((nano_path() / "tokenizer.json").read_bytes())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter decodes")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", choices=("prefill", "decode", "train"))
+    parser.add_argument("--save", type=Path, metavar="DIR", help="only write our model there, with nano's tokenizer")
     parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prefill-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -323,6 +333,9 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     if args.long_prefill or args.prefill_memory:
         long_prefill() if args.long_prefill else prefill_memory()
+        return
+    if args.save is not None:
+        save(args.save)
         return
 
     import torch

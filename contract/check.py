@@ -30,7 +30,7 @@ from upwell.devices.operators import OperatorRecord, audit
 from upwell.model import KVCache, Step, Transformer
 from upwell.model.cache import DecodeInputs
 from upwell.ops.linear import int8_linear
-from upwell.ops.moe import int8_experts
+from upwell.ops.moe import integer_experts
 
 SOCS = ("Ascend910B1", "Ascend910_9382", "Ascend950PR_9599")
 # Flash's head, index and rotary dims, which the attention and indexer operators ask for; all else small.
@@ -73,7 +73,12 @@ def trace(target: Chip) -> set[str]:
         w13, w2 = (torch.empty(s, dtype=torch.int8, device=device) for s in ((6, 32, 64), (6, 64, 16)))
         s13, s2 = (torch.empty(s, device=device) for s in ((6, 32), (6, 64)))
         picks, shares = ids(4, 2), torch.empty(4, 2, device=device)
-        expect(int8_experts(x, picks, shares, w13, s13, w2, s2, 10.0), (4, 64), torch.bfloat16)
+        expect(integer_experts(x, picks, shares, w13, s13, w2, s2, 10.0), (4, 64), torch.bfloat16)
+        w13, w2 = (torch.empty(s, dtype=torch.uint8, device=device) for s in ((6, 64, 32), (6, 64, 16)))
+        for dtype, groups13, groups2 in ((torch.bfloat16, (2,), (1,)), (torch.float32, (), ())):  # W4A16, W4A8
+            s13 = torch.empty(6, *groups13, 64, dtype=dtype, device=device).movedim(-1, 1)
+            s2 = torch.empty(6, *groups2, 64, dtype=dtype, device=device).movedim(-1, 1)
+            expect(integer_experts(x, picks, shares, w13, s13, w2, s2, 10.0), (4, 64), torch.bfloat16)
         try:
             model.norm(torch.empty(2, 128, dtype=torch.bfloat16))
         except Exception:

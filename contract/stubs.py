@@ -30,6 +30,10 @@ ANSWERS = {
         'const char* aclrtGetSocName(void) { const char* soc = getenv("STUB_SOC"); return soc ? soc : "Ascend910B1"; }'
     ),
     "aclGetRecentErrMsg": 'const char* aclGetRecentErrMsg(void) { return "no CANN here: a stub"; }',
+    # CUDA's, of a torch from PyPI for x86: no device is there (cudaErrorNoDevice).
+    "cudaGetDeviceCount": "int cudaGetDeviceCount(int* count) { *count = 0; return 100; }",
+    "cudaGetErrorString": 'const char* cudaGetErrorString(int code) { return "no CUDA here: a stub"; }',
+    "cudaGetErrorName": 'const char* cudaGetErrorName(int code) { return "stub"; }',
 }
 FAILURE = 507000  # ACL's internal error: whoever calls a stub for real sees that it failed
 SYSTEM = ("libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "ld-linux-x86-64.so.2")
@@ -58,7 +62,10 @@ def build(site: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     package = site / "torch_npu"
     own = [p for p in (*package.glob("lib/*.so"), *package.glob("_C*.so")) if "op_plugin_atb" not in p.name]
-    torch_libs = list((_torch_folder(site) / "lib").glob("*.so*"))
+    torch_folder = _torch_folder(site)
+    torch_libs = list((torch_folder / "lib").glob("*.so*"))
+    if torch_folder.parent == site:  # a torch of PyPI beside torch_npu: its CUDA libraries are missing too
+        own += torch_libs
     bundled = [*package.glob("lib/*.so"), *site.glob("torch_npu.libs/*.so*"), *torch_libs]
     system = [Path(p) for name in SYSTEM if (p := _system_library(name))]
     names = {p.name for p in (*bundled, *system)}

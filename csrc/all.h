@@ -9,6 +9,7 @@
 #include "phases.h"
 #include "blocks.h"
 #include "product.h"
+#include "experts.h"
 #include "forward.h"
 #ifndef UPWELL_INFERENCE_ONLY
 #include "training_rows.h"

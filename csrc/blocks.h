@@ -154,7 +154,7 @@ struct ByTokens : LayerPass {
     for (int64_t i = 0; i < call.layer_count; ++i) {
       const Layer& l = call.layers[i];
       const LayerCache& c = call.caches[i];
-      if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * m.index_topk;
+      begin(i);
       blocks([&](int64_t t0, int64_t n) {
         for (int64_t t = t0; t < t0 + n && i > 0; ++t) leave_experts(t, o.y);
         before_attention(l, t0, n);

@@ -75,6 +75,9 @@ void upwell_pack(const float* weight, int64_t rows, int64_t cols, float* out) {
     }
 }
 
+// Bytes of the structs as they were built: Python's mirror of them (ops/native.py) must agree.
+int64_t upwell_struct_bytes() { return sizeof(upwell::Call) + sizeof(upwell::Layer) + sizeof(upwell::Model); }
+
 int64_t upwell_workspace_bytes(const upwell::Call* call, int threads) {
   return upwell::current->kernels->workspace_bytes(*call->model, call->layers, call->layer_count, call->sequences,
                                                    call->sequence_count, call->tokens, threads);
@@ -91,6 +94,12 @@ void upwell_head(upwell::HeadCall* call) { upwell::run_team(upwell::current->ker
 int64_t upwell_product_workspace_bytes(int64_t cols, int threads) {
   return upwell::current->kernels->product_workspace_bytes(cols, threads);
 }
+
+int64_t upwell_experts_workspace_bytes(const upwell::Model* model, int64_t tokens, int threads) {
+  return upwell::current->kernels->experts_workspace_bytes(*model, tokens, threads);
+}
+
+void upwell_experts(upwell::ExpertsCall* call) { upwell::run_team(upwell::current->kernels->experts, call); }
 
 void upwell_product(upwell::ProductCall* call) { upwell::run_team(upwell::current->kernels->product, call); }
 }

@@ -7,12 +7,13 @@ static void forward_body(Worker& w, void* argument) {
   Buffers b;
   const int64_t entries = most_entries(call.layers, call.layer_count, call.sequences, call.sequence_count);
   auto* base = reinterpret_cast<char*>(call.workspace);
-  if (by_tokens(m, call.tokens, w.team.size)) {
+  if (!call.parts && by_tokens(m, call.tokens, w.team.size)) {
     OwnBuffers own;
     lay_out_blocks(m, call.tokens, entries, base, w.id, w.team.size, b, own);
     ByTokens{{w, call, m, b, call.tokens}, own}.run();
   } else {
     lay_out(m, call.tokens, entries, base, w.id, w.team.size, b);
+    if (call.parts) b.x = call.x, b.y = call.y, b.post = call.post, b.comb = call.comb;
     ByWeights{{w, call, m, b, call.tokens}}.run();
   }
 }
@@ -60,5 +61,5 @@ static int64_t head_workspace_bytes(const Model& m, int64_t tokens, int threads)
 }
 
 extern const Kernels kernels;
-const Kernels kernels{forward_body,    head_body,            product_body,
-                      workspace_bytes, head_workspace_bytes, product_workspace_bytes};
+const Kernels kernels{forward_body,    head_body,            product_body,            experts_body,
+                      workspace_bytes, head_workspace_bytes, product_workspace_bytes, experts_workspace_bytes};

@@ -16,11 +16,12 @@
 namespace upwell {
 
 struct Kernels {
-  Body forward, head, product;
+  Body forward, head, product, experts;
   int64_t (*workspace_bytes)(const Model&, const Layer*, int64_t layers, const Sequence*, int64_t sequences,
                              int64_t tokens, int threads);
   int64_t (*head_workspace_bytes)(const Model&, int64_t tokens, int threads);
   int64_t (*product_workspace_bytes)(int64_t cols, int threads);
+  int64_t (*experts_workspace_bytes)(const Model&, int64_t tokens, int threads);
 };
 
 namespace baseline { extern const Kernels kernels; }

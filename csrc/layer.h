@@ -31,9 +31,11 @@ struct LayerPass {
       for (int64_t s = 0; s < call.sequence_count; ++s)
         for (int64_t i = 0; i < call.sequences[s].length; ++i) b.sequence_of[call.sequences[s].row + i] = int32_t(s);
     w.barrier();
+    bool used[2] = {false, false};
+    for (int64_t i = 0; i < call.layer_count; ++i) used[call.layers[i].ratio != 0] = true;
     w.units(T, [&](int64_t t) {
       for (int kind = 0; kind < 2; ++kind)
-        angles(position(t), kind ? m.compress_freqs : m.freqs, b.turn[kind] + t * 2 * m.rope);
+        if (used[kind]) angles(position(t), kind ? m.compress_freqs : m.freqs, b.turn[kind] + t * 2 * m.rope);
     });
     w.barrier();
   }
@@ -302,6 +304,7 @@ struct LayerPass {
     for (int64_t p = 0; p < pairs; ++p) b.pair_of[b.order[p] = b.group_start[b.route[p]]++] = int32_t(p);
     for (int64_t e = m.experts; e > 0; --e) b.group_start[e] = b.group_start[e - 1];
     b.group_start[0] = 0;
+    for (int64_t e = 0; e < m.experts && b.load != nullptr; ++e) b.load[e] += b.group_start[e + 1] - b.group_start[e];
     int32_t active = 0;  // experts that have tokens; their number stands last
     for (int64_t e = 0; e < m.experts; ++e)
       if (b.group_start[e + 1] > b.group_start[e]) b.active[active++] = int32_t(e);
@@ -319,16 +322,26 @@ struct LayerPass {
     });
   }
 
-  // The experts' outputs of token t, weighted and summed in y [hidden], enter the streams.
+  // What a layer begins with, beside its numbers.
+  void begin(int64_t i) {
+    if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * m.index_topk;
+    b.load = call.load != nullptr ? call.load + i * m.experts : nullptr;
+  }
+
+  // y [hidden]: the experts' outputs of token t, weighted and summed.
+  void sum_experts(int64_t t, float* y) {
+    map(y, b.shared_out + t * m.hidden, m.hidden, [&](Vec v, int64_t i) { return v + routed(t, i); });
+  }
   void leave_experts(int64_t t, float* y) {
-    const int64_t k = m.experts_per_token;
-    map(y, b.shared_out + t * m.hidden, m.hidden, [&](Vec v, int64_t i) {
-      Vec routed{};
-      for (int64_t j = 0; j < k; ++j)
-        routed += load_at(b.expert_out + b.order[t * k + j] * m.hidden, i, m.hidden) * b.route_weights[t * k + j];
-      return v + routed;
-    });
+    sum_experts(t, y);
     leave(t, y);
+  }
+  Vec routed(int64_t t, int64_t i) {  // the routed ones' sum, columns from i
+    const int64_t k = m.experts_per_token;
+    Vec sum{};
+    for (int64_t j = 0; j < k; ++j)
+      sum += load_at(b.expert_out + b.order[t * k + j] * m.hidden, i, m.hidden) * b.route_weights[t * k + j];
+    return sum;
   }
   void leave(int64_t t, const float* y) {
     leave_token(m, stream(t), y, b.post + t * m.streams, b.comb + t * m.streams * m.streams);

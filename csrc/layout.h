@@ -60,6 +60,23 @@ struct Sequence {  // `length` new tokens of one sequence; its rows in the flat 
   const int64_t* table;
 };
 
+// What a call does of each layer. Ranks that share a model stop between them to exchange what they have.
+enum Parts : int64_t {
+  kEnterAttention = 1,  // streams -> x, post, comb
+  kAttention = 2,       // x -> y, by the heads that are here
+  kLeaveAttention = 4,  // y, post, comb -> streams
+  kEnterExperts = 8,
+  kExperts = 16,  // x -> y, by the routed and shared experts' parts that are here
+  kLeaveExperts = 32,
+  kAllParts = 63,
+};
+// Experts that aren't all in memory: called by thread 0 before the experts active[from, count) of a layer are used, and
+// after those before `from` were. Puts some that are in memory first, points their matrices there, and returns where
+// they end (> from); negative: they can't be had.
+using Take = int64_t (*)(int64_t layer, int64_t from, int32_t* active, int64_t count);
+// Told by thread 0, before a layer's attention, which experts its router would choose already: most of them it will.
+using Expect = void (*)(int64_t layer, const int32_t* experts, int64_t count);
+
 struct Call {
   const Model* model;
   const Layer* layers;
@@ -72,6 +89,23 @@ struct Call {
   float* workspace;
   int64_t workspace_floats;
   int32_t* picks;  // null, or [layers, tokens, topk] for the indexer's selections (tests)
+  Take take;       // null: every expert is in memory
+  Expect expect;   // null: no guess is made
+  int64_t* load;   // null, or [layers, experts]: pairs of token and expert, counted on
+  int64_t parts;   // 0: all. Otherwise of these tokens, with the buffers below in place of the workspace's
+  float *x, *y;        // [tokens, D]
+  float *post, *comb;  // [tokens, h], [tokens, h, h]
+};
+
+struct ExpertsCall {  // a layer's routed experts alone: y [tokens, hidden] = each token's experts, weighted and summed
+  const Model* model;
+  const Matrix* experts;
+  int64_t layer, tokens;
+  const float* x;
+  const int32_t* route;  // [tokens, k], and their weights
+  const float* route_weights;
+  float *y, *workspace;
+  Take take;
 };
 
 struct ProductCall {  // out [tokens, m.rows] = x [tokens, m.cols] m^T

@@ -6,7 +6,7 @@
 // of two, so that no product is subnormal; the result is scaled back. All exact. What doesn't fit (inputs that aren't
 // finite, scales outside 2^+-63, FP8's NaN) takes weight_row.
 
-constexpr int kPackedRows = 8;  // the most input rows these kernels take
+constexpr int kPackedRows = 64;  // the most input rows these kernels take
 constexpr int kPadding = 8 * kLanes;  // cols are padded to whole chunks
 constexpr int64_t kRowShift = 512;  // bytes between input rows: without it, they would share the same few sets of L1
 #if VECTOR_BYTES == 64 || defined(__aarch64__)

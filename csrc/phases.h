@@ -154,30 +154,70 @@ struct ByWeights : LayerPass {
     Job out{l.wo_b, b.latent, m.groups * m.o_rank, T, b.y, m.hidden};
     run_jobs(w, b, &out, 1);
     w.barrier();
+  }
+
+  void leave_all() {
     tokens([&](int64_t t) { leave(t, b.y + t * m.hidden); });
     w.barrier();
   }
 
-  void experts(const Layer& l) {
-    const int64_t k = m.experts_per_token, E = m.experts;
-    Job gate{l.gate, b.x, m.hidden, T, b.scores, E};
+  void route(const Layer& l) {
+    Job gate{l.gate, b.x, m.hidden, T, b.scores, m.experts};
     run_jobs(w, b, &gate, 1);
     w.barrier();
-    tokens([&](int64_t t) { route_token(l, t, b.scores + t * E); });
+    tokens([&](int64_t t) { route_token(l, t, b.scores + t * m.experts); });
     w.barrier();
+  }
+
+  // The router's choice on the streams as they are before the layer's attention.
+  void guess(const Layer& l, int64_t layer) {
+    enter(l.mix_ffn, l.ffn_norm);
+    route(l);
+    if (w.id == 0) call.expect(layer, b.route, T * m.experts_per_token);
+  }
+
+  // False: an expert can't be had.
+  bool experts(const Layer& l, int64_t layer) {
+    route(l);
+    if (!mixture(l.experts, layer, call.take, true)) return false;
+    tokens([&](int64_t t) { sum_experts(t, b.y + t * m.hidden); });  // whoever sums a token also leaves with it
+    return true;
+  }
+
+  // b.x through the experts of b.route into b.expert_out and, with_shared, through the shared one into b.shared_out.
+  // False: an expert can't be had.
+  bool mixture(const Matrix* matrices, int64_t layer, Take take, bool with_shared) {
+    const int64_t k = m.experts_per_token, E = m.experts;
+    int32_t* until = b.active + E + 1;  // where this wave of experts ends
+    auto next_wave = [&](int64_t from) {
+      if (w.id == 0) *until = int32_t(take == nullptr ? b.active[E] : take(layer, from, b.active, b.active[E]));
+    };
     if (w.id == 0) group_pairs();
+    next_wave(0);
     w.barrier();
     w.units(T * k, [&](int64_t p) {  // order[p]: where the pair lies among the sorted
       __builtin_memcpy(b.gathered + b.order[p] * m.hidden, b.x + p / k * m.hidden, sizeof(float) * size_t(m.hidden));
     });
     w.barrier();
+    for (int64_t from = 0;;) {
+      const int64_t to = *until;
+      if (to <= from) return false;
+      wave(matrices, b.active + from, to - from, with_shared && from == 0);
+      if (to >= b.active[E]) return true;
+      next_wave(to);
+      w.barrier();
+      from = to;
+    }
+  }
+
+  void wave(const Matrix* matrices, const int32_t* chosen, int64_t active, bool with_shared) {
+    const int64_t k = m.experts_per_token, E = m.experts;
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
-    const int64_t cut = T > 192 ? 96 : T, cuts = (T + cut - 1) / cut;
-    const int64_t active = b.active[E];
+    const int64_t cut = T > 192 ? 96 : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
     w.units(active * tiles + shared_tiles * cuts, [&](int64_t u) {
       const bool shared = u < shared_tiles * cuts;  // first, as these are the largest
-      const int64_t e = shared ? E : b.active[(u - shared_tiles * cuts) / tiles];
+      const int64_t e = shared ? E : chosen[(u - shared_tiles * cuts) / tiles];
       const int64_t tile = shared ? u / cuts : (u - shared_tiles * cuts) % tiles;
       const int64_t inter = shared ? m.shared_inter : m.inter;
       const int64_t r0 = shared ? u % cuts * cut : b.group_start[e];
@@ -188,40 +228,42 @@ struct ByWeights : LayerPass {
       float* up = b.up + (shared ? T * k * m.inter : 0);
       const int64_t first = tile * kTile;
       const int width = int(inter - first < kTile ? inter - first : kTile);
-      run_job({l.experts[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
-      run_job({l.experts[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      run_job({matrices[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      run_job({matrices[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
       for (int64_t r = r0; r < r1; ++r) swiglu(hidden + r * inter + first, up + r * inter + first, width);
     });
     w.barrier();
     const int64_t out_tiles = (m.hidden + kTile - 1) / kTile;
     w.units((active + cuts) * out_tiles, [&](int64_t u) {
       const bool shared = u < cuts * out_tiles;
-      const int64_t e = shared ? E : b.active[(u - cuts * out_tiles) / out_tiles];
+      const int64_t e = shared ? E : chosen[(u - cuts * out_tiles) / out_tiles];
       const int64_t first = u % out_tiles * kTile;
       const int64_t r0 = shared ? u / out_tiles * cut : b.group_start[e];
       const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];
       if (r0 == r1) return;
       const int width = int(m.hidden - first < kTile ? m.hidden - first : kTile);
       const int64_t inter = shared ? m.shared_inter : m.inter;
-      run_job({l.experts[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
+      run_job({matrices[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
                shared ? b.shared_out : b.expert_out, m.hidden},
               first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
     });
     w.barrier();
-    tokens([&](int64_t t) { leave_experts(t, b.y + t * m.hidden); });
-    w.barrier();
   }
 
   void run() {
+    const int64_t parts = call.parts ? call.parts : kAllParts;
     if (w.id == 0) __builtin_memset(b.finished, 0, sizeof(int32_t) * size_t(max64(w.team.size, 1)));
-    start();
+    if (parts & kAttention) start();
     for (int64_t i = 0; i < call.layer_count; ++i) {
       const Layer& l = call.layers[i];
-      if (call.picks != nullptr) b.picks = call.picks + i * call.tokens * m.index_topk;
-      enter(l.mix_attn, l.attn_norm);
-      attention(l, call.caches[i]);
-      enter(l.mix_ffn, l.ffn_norm);
-      experts(l);
+      begin(i);
+      if (call.expect != nullptr && l.tid2eid == nullptr) guess(l, i);
+      if (parts & kEnterAttention) enter(l.mix_attn, l.attn_norm);
+      if (parts & kAttention) attention(l, call.caches[i]);
+      if (parts & kLeaveAttention) leave_all();
+      if (parts & kEnterExperts) enter(l.mix_ffn, l.ffn_norm);
+      if (parts & kExperts && !experts(l, i)) return;
+      if (parts & kLeaveExperts) leave_all();
     }
   }
 };

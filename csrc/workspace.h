@@ -5,6 +5,7 @@ struct Buffers {
   float *scores, *route_weights, *gathered, *hidden, *up, *expert_out, *shared_out, *index_scores, *parts;
   float* turn[2];  // of window and compressed layers: a token's cosines and sines, see rotate
   int64_t score_row;  // floats of one query's index scores
+  int64_t* load = nullptr;  // of the layer, null: not counted
   int32_t *picks, *route, *order, *pair_of, *group_start, *active, *sequence_of, *finished;
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;
@@ -49,7 +50,7 @@ static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, in
   at.take(b.order, pairs);
   at.take(b.pair_of, pairs);
   at.take(b.group_start, m.experts + 1);
-  at.take(b.active, m.experts + 1);
+  at.take(b.active, m.experts + 2);
   at.take(b.sequence_of, tokens);
   b.score_row = (entries + kTile - 1) / kTile * kTile + 64;
   at.take(b.index_scores, threads * kIndexRows * b.score_row);

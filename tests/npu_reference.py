@@ -65,6 +65,14 @@ def rule_moe_init_routing_v2(x: Tensor, expert_idx: Tensor, **options: Any) -> N
 
 def npu_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, **options: Any) -> list[Tensor]:
     counts = group_list.tolist()
+    if weight[0].dtype == torch.int32:  # eight INT4 each, along the last axis in memory, the lowest bits first
+        scale, offset = options["antiquant_scale"][0].double(), options["antiquant_offset"][0].double()  # [E, G, N]
+        stored = weight[0].transpose(1, 2)
+        codes = torch.stack([(stored << (28 - 4 * i)) >> 28 for i in range(8)], dim=-1).flatten(2).transpose(1, 2)
+        length = codes.shape[1] // scale.shape[1]
+        dense = (codes + offset.repeat_interleave(length, 1)) * scale.repeat_interleave(length, 1)
+        outs = [part.double() @ dense[e] for e, part in enumerate(x[0].split(counts))]
+        return [torch.cat(outs).to(x[0].dtype)]
     wide = torch.double if x[0].dtype == torch.int8 else x[0].dtype
     outs = [part.to(wide) @ weight[0][e].to(wide) for e, part in enumerate(x[0].split(counts))]
     if x[0].dtype != torch.int8:
@@ -75,13 +83,24 @@ def npu_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Ten
 
 def rule_grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, **options: Any) -> None:
     need(len(x) == len(weight) == 1 and x[0].dim() == 2 and weight[0].dim() == 3, "one x, one weight, one y")
-    need(x[0].dtype == weight[0].dtype and x[0].dtype in (*FLOAT, torch.int8), "dtypes")
+    depth = weight[0].shape[1]
+    if weight[0].dtype == torch.int32:
+        scale, offset = options.pop("antiquant_scale"), options.pop("antiquant_offset")
+        need(weight[0].transpose(1, 2).is_contiguous() and not weight[0].is_contiguous(), "INT4 here is transposed")
+        depth *= 8
+        experts, groups, columns = scale[0].shape
+        need((experts, columns) == (weight[0].shape[0], weight[0].shape[2]), "a scale for each expert's columns")
+        need(depth % groups == 0 and depth // groups % 2 == 0, "groups divide k, of even length")
+        need(scale[0].is_contiguous() and offset[0].is_contiguous() and offset[0].shape == scale[0].shape, "offset")
+        need(x[0].dtype in HALF and x[0].dtype == scale[0].dtype == offset[0].dtype, "dtypes of INT4 weights")
+    else:
+        need(x[0].dtype == weight[0].dtype and x[0].dtype in (*FLOAT, torch.int8), "dtypes")
     if x[0].dtype == torch.int8:
         scale, per_token = options.pop("scale"), options.pop("per_token_scale")
         need(scale[0].dtype == options.pop("output_dtype") == torch.bfloat16, "scales are BF16 where the output is")
         need(scale[0].shape == (weight[0].shape[0], weight[0].shape[2]), "a scale for each expert's columns")
         need(per_token[0].dtype == torch.float32 and per_token[0].shape == x[0].shape[:1], "a scale for each row")
-    need(x[0].shape[1] == weight[0].shape[1] and group_list.shape == weight[0].shape[:1], "shapes")
+    need(x[0].shape[1] == depth and group_list.shape == weight[0].shape[:1], "shapes")
     need(group_list.dtype == torch.int64, "group_list is INT64")
     need(options == {"split_item": 2, "group_type": 0, "group_list_type": 1}, "grouped by rows, by counts, one output")
     need(max(*x[0].shape[1:], *weight[0].shape[1:]) <= 65536, "inner axes up to 65536")
@@ -168,6 +187,54 @@ def rule_sparse_flash_attention(
     need(sparse_indices.dtype == torch.int32 and sparse_indices.shape[:3] == (*query.shape[:2], 1), "indices")
     need(options["attention_mode"] == 2 and options["sparse_mode"] == 0 and options["sparse_block_size"] == 1, "modes")
     need(options["layout_query"] == options["layout_kv"] == "BSND" and "sinks" not in options, "layouts, no sinks")
+
+
+def npu_mhc_pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float = 1e-6, hc_eps: float = 1e-6
+) -> tuple[Tensor, ...]:
+    tokens, n, _ = x.shape
+    flat = x.reshape(tokens, -1).float()
+    normed = flat / torch.sqrt((flat**2).mean(1, keepdim=True) + norm_eps)
+    parts = zip((normed @ phi.T).split([n, n, n * n], 1), bias.split([n, n, n * n]), alpha, strict=True)
+    pre, post, res = (a * part + b for part, b, a in parts)
+    h_in = ((pre.sigmoid() + hc_eps).unsqueeze(2) * x.float()).sum(1)
+    return h_in.to(x.dtype), 2 * post.sigmoid(), res.view(tokens, n, n), *(torch.empty(0) for _ in range(3))
+
+
+def rule_mhc_pre(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, norm_eps: float = 1e-6, hc_eps: float = 1e-6
+) -> None:
+    n, dim = x.shape[1:]
+    need(x.dtype in HALF and phi.dtype == alpha.dtype == bias.dtype == torch.float32, "dtypes")
+    need(n in (4, 6, 8) and dim % 16 == 0 and 1 <= dim <= 16384 and x.numel() > 0, "streams")
+    need(phi.shape == (n * n + 2 * n, n * dim) and alpha.shape == (3,) and bias.shape == phi.shape[:1], "parameters")
+
+
+def npu_mhc_sinkhorn(x: Tensor, *, eps: float = 1e-6, num_iters: int = 20) -> tuple[Tensor, ...]:
+    y = x.softmax(-1) + eps
+    y = y / (y.sum(-2, keepdim=True) + eps)
+    for _ in range(1, num_iters):
+        y = y / (y.sum(-1, keepdim=True) + eps)
+        y = y / (y.sum(-2, keepdim=True) + eps)
+    return y, torch.empty(0), torch.empty(0)
+
+
+def rule_mhc_sinkhorn(x: Tensor, *, eps: float = 1e-6, num_iters: int = 20) -> None:
+    need(x.dtype == torch.float32 and x.dim() == 3 and x.shape[1] == x.shape[2], "[T, n, n], FP32")
+    need(x.shape[1] in (4, 6, 8) and 1 <= x.shape[0] <= 65536 and 1 <= num_iters <= 100, "numbers")
+
+
+def npu_mhc_post(x: Tensor, h_res: Tensor, h_out: Tensor, h_post: Tensor) -> Tensor:
+    # The page writes H_res x; which index is summed is from op-plugin's test_npu_mhc_post.py.
+    kept = (h_res.unsqueeze(3) * x.float().unsqueeze(2)).sum(1)
+    return (kept + h_post.unsqueeze(2) * h_out.float().unsqueeze(1)).to(x.dtype)
+
+
+def rule_mhc_post(x: Tensor, h_res: Tensor, h_out: Tensor, h_post: Tensor) -> None:
+    tokens, n, dim = x.shape
+    need(x.dtype in HALF and h_out.dtype == x.dtype, "x and h_out of one dtype, a half one")
+    need(h_res.dtype == h_post.dtype == torch.float32, "mappings in FP32")
+    need(h_res.shape == (tokens, n, n) and h_out.shape == (tokens, dim) and h_post.shape == (tokens, n), "shapes")
 
 
 NAMES = sorted(name for name in globals() if name.startswith("npu_"))

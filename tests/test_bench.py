@@ -36,13 +36,15 @@ def test_prefill_beside_transformers(checkpoint: Path, capsys: pytest.CaptureFix
     assert "transformers" in printed.out and "prefill 40 x1" in printed.out and "logits agree" in printed.err
 
 
-def test_serve(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--requests", "4", "--prompt-tokens", "4", "20", "--output-tokens", "3", "6", "--joining-tokens", "60",
-             "--rounds", "1", "--json"]  # fmt: skip
+             "--rounds", "1", "--json", "--plot", str(tmp_path / "serve.svg")]  # fmt: skip
     assert main(["bench", "serve", "--model", str(checkpoint), "--device", "cpu", *flags]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     apart, together = rows["one after another"], rows["together"]
-    assert together["ratio"] == pytest.approx(together["tokens_per_second"] / apart["tokens_per_second"])
+    assert together["ratio"] == pytest.approx(together["tokens_per_second"] / apart["tokens_per_second"])  # one round
+    joining = rows["between tokens, while it joins"]
+    assert joining["p99_over_median_before"] == joining["p99"] / rows["between tokens, before"]["p50"]
     assert rows["time to first token"]["count"] == 4 and rows["between tokens, while it joins"]["count"] > 0
     assert all(row["p50"] <= row["p99"] <= row["most"] for row in rows.values() if "p50" in row)
 

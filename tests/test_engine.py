@@ -290,7 +290,7 @@ def test_a_bug_in_the_scheduler_leaves_no_one_waiting(monkeypatch: pytest.Monkey
         thread.submit(engine.request(ids(3), GREEDY, deltas.append))
 
 
-def test_a_model_error_fails_the_batch_and_the_engine_goes_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_error_ends_its_request_and_the_engine_goes_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(llm.model, "logits", lambda streams: 1 / 0)
         with pytest.raises(EngineError, match="ZeroDivisionError"):

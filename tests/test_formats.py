@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from upwell.formats.fp4 import dequantize_fp4, quantize_fp4, round_to_fp4
 from upwell.formats.fp8 import dequantize_fp8, quantize_fp8, scale_shape
+from upwell.formats.int4 import dequantize_int4, pack_int4, quantize_int4, round_to_int4, unpack_int4
 from upwell.formats.ue8m0 import decode_ue8m0, encode_ue8m0
 
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -188,3 +189,38 @@ def test_zeros_and_huge_values_stay_finite() -> None:
 def test_fp4_refuses_ragged_groups() -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         quantize_fp4(torch.zeros(2, 33))
+
+
+def test_every_int4_byte_is_two_of_ml_dtypes_int4_low_nibble_first() -> None:
+    values = np.arange(16, dtype=np.uint8).view(ml_dtypes.int4).astype(np.int8)
+    expected = torch.from_numpy(np.stack((values[np.arange(256) & 15], values[np.arange(256) >> 4]), axis=-1))
+    assert torch.equal(unpack_int4(BYTES.view(256, 1)), expected)
+    assert torch.equal(pack_int4(expected).view(-1), BYTES)
+    assert torch.equal(unpack_int4(BYTES.view(4, 2, 32)), expected.view(4, 2, 64))  # any leading axes
+
+
+@pytest.mark.parametrize("group", [None, 32, 48])
+def test_int4_is_the_nearest_of_15_steps(group: int | None) -> None:
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(3))
+    weight[2] = 0
+    packed, scale = quantize_int4(weight, group)
+    assert scale.dtype == (torch.bfloat16 if group else torch.float32)
+    assert packed.shape == (7, 48) and scale.shape == ((7,) if group is None else (7, 96 // group))
+    decoded = dequantize_int4(packed, scale)
+    parts = weight.view(7, -1, group or 96)
+    steps = scale.float().view(7, -1, 1)
+    grid = torch.arange(-7, 8) * steps.unsqueeze(-1)
+    nearest = (parts.unsqueeze(-1) - grid).abs().amin(-1)
+    assert torch.equal((decoded.view(parts.shape) - parts).abs(), nearest)
+    largest = parts.abs().amax(-1, keepdim=True)
+    assert torch.allclose(7 * steps[largest > 0], largest[largest > 0], rtol=2**-8 if group else 1e-6)
+    assert dequantize_int4(packed, scale, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_int4_takes_a_scale_of_ones_own_choice_and_refuses_what_does_not_fit() -> None:
+    weight = torch.tensor([[0.9, -3.6, 40.0, 0.26]])
+    assert round_to_int4(weight, torch.tensor([0.5])).tolist() == [[2, -7, 7, 1]]
+    with pytest.raises(ValueError, match="multiple of 3"):
+        quantize_int4(weight, 3)
+    with pytest.raises(ValueError, match="even"):
+        quantize_int4(torch.ones(2, 3))

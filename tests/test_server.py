@@ -171,6 +171,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reasoning_effort": "huge"}, "reasoning_effort is 'huge'"),
     ({"best_of": 3}, "unknown parameter best_of"),
     ({"logit_bias": {"100000": 1}}, "token id 100000"),
+    ({"structured_outputs": {}}, "structured_outputs has nothing"),
+    ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs has ["),
+    ({"structured_outputs": {"regex": "("}}, "regex"),
+    ({"structured_outputs": {"whitespace_pattern": " "}}, "unknown parameter structured_outputs.whitespace_pattern"),
+    ({"guided_choice": ["a"], "structured_outputs": {"choice": ["a"]}}, "guided_choice is given beside"),
+    ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "beside a response format"),
 ]
 
 

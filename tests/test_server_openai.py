@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -260,6 +261,34 @@ def test_random_weights_keep_to_the_form(stream: bool, effort: Any) -> None:
         form = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": FORMS}}
         got = ask(server, "x", stream, response_format=form, **more)
         assert json.loads(got["content"]).keys() == {"unit", "exact"} and got["reason"] == "stop"
+    finally:
+        server.stop()
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {"choice": ["north", "south"]}}, "north|south"),
+    ({"structured_outputs": {"regex": "[a-f]{2}-[0-9]{3}"}}, "[a-f]{2}-[0-9]{3}"),
+    ({"structured_outputs": {"grammar": 'start: ("ab" | "cd") "!"'}}, "(ab|cd)!"),
+    ({"structured_outputs": {"json": {"type": "integer", "minimum": 10, "maximum": 99}}}, "[1-9][0-9]"),
+    ({"guided_choice": ["up", "down"]}, "up|down"),
+    ({"guided_regex": "x{3}"}, "xxx"),
+    ({"guided_json": {"enum": ["a", "b"]}}, '"[ab]"'),
+    ({"guided_grammar": 'start: "yes" | "no"'}, "yes|no"),
+]
+
+
+@both
+def test_vllms_structured_outputs(stream: bool) -> None:
+    """A tiny V4 of random weights keeps to each form; by /v1/completions as by chat."""
+    server = Served(ModelResponder(build_llm(max_num_seqs=2, cache_tokens=8192)), "scripted")
+    try:
+        for fields, pattern in FIELDS:
+            got = ask(server, "x", stream, extra_body=fields, max_completion_tokens=50, seed=1)
+            assert re.fullmatch(pattern, got["content"]) and got["reason"] == "stop", fields
+            whole = server.openai.completions.create(
+                model="scripted", prompt="x", max_tokens=50, seed=1, extra_body=fields
+            )
+            assert re.fullmatch(pattern, whole.choices[0].text), fields
     finally:
         server.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,9 @@ def test_other_sites_are_kept_out(served: Served) -> None:
     """No CORS headers by default; a page whose own name points at localhost is refused by it."""
     cross = httpx.get(f"{served.url}/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in cross.headers
-    server = scripted(ServerSettings(allowed_hosts=("localhost", "127.0.0.1"), allowed_origins=("https://app.example",)))
+    server = scripted(
+        ServerSettings(allowed_hosts=("localhost", "127.0.0.1"), allowed_origins=("https://app.example",))
+    )
     try:
         rebound = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.example"})
         assert rebound.status_code == 400 and "host is 'evil.example'" in rebound.text
@@ -328,6 +332,12 @@ def test_metrics(served: Served) -> None:
     assert grew("vllm:time_to_first_token_seconds_count") == grew("vllm:e2e_request_latency_seconds_count") == 2
     assert grew("vllm:request_generation_tokens_sum") == 2 * tokens
     assert grew("vllm:prompt_tokens_total") == grew("vllm:request_prompt_tokens_sum") > 0
+    for part in ("queue", "prefill", "decode", "inference"):
+        assert grew(f"vllm:request_{part}_time_seconds_count") == 2
+    parts = sum(grew(f"vllm:request_{part}_time_seconds_sum") for part in ("queue", "inference"))
+    assert parts == pytest.approx(grew("vllm:e2e_request_latency_seconds_sum"), rel=1e-6)
+    assert 0 < grew("vllm:inter_token_latency_seconds_count") <= 2 * (tokens - 1)
+    assert 0 < grew("vllm:inter_token_latency_seconds_sum") <= grew("vllm:request_decode_time_seconds_sum") + 0.1
     assert after["vllm:num_requests_running"] == after["vllm:kv_cache_usage_perc"] == 0
     for name in (
         "vllm:num_requests_waiting", "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total",
@@ -364,6 +374,74 @@ def test_traces() -> None:
     assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert span.parent is not None and f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
     assert [event.name for event in span.events] == ["first_token"]
+
+
+def test_traces_reach_a_collector() -> None:
+    """What `--otlp-traces-endpoint` sends, read by OpenTelemetry's own protobuf classes."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            bodies.append(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Not on the tests' output."""
+
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    try:
+        settings = ServerSettings(otlp_endpoint=f"http://127.0.0.1:{collector.server_port}/v1/traces")
+        server = scripted(settings)
+        try:
+            request_id = server.post(CHAT, {"messages": HELLO}).headers["x-request-id"]
+            assert server.post(CHAT, {"messages": HELLO, "model": "x"}).status_code == 404
+        finally:
+            server.stop()  # which sends what waits
+    finally:
+        collector.shutdown()
+        collector.server_close()
+    told = [ExportTraceServiceRequest.FromString(body) for body in bodies]
+    resources = [resource for request in told for resource in request.resource_spans]
+    names = {a.value.string_value for resource in resources for a in resource.resource.attributes
+             if a.key == "service.name"}  # fmt: skip
+    assert names == {"upwell"}
+    spans = [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
+    good, bad = ({a.key: a.value for a in span.attributes} for span in spans)
+    assert spans[0].name == f"POST {CHAT}" and spans[0].end_time_unix_nano > spans[0].start_time_unix_nano
+    assert good["upwell.request_id"].string_value == request_id and good["http.response.status_code"].int_value == 200
+    assert good["gen_ai.usage.output_tokens"].int_value == len("Hello, 世界! 👋".encode()) + 1
+    assert bad["http.response.status_code"].int_value == 404
+
+
+def test_the_prefix_cache_survives_sigkill(tmp_path: Path) -> None:
+    """`upwell serve` with its embedded model, killed and started again: the second finds what the first computed."""
+    flags = ("--device", "cpu", "--prefix-cache-dir", str(tmp_path), "--max-num-seqs", "2")
+    body = {"prompt": [2 + k % 900 for k in range(700)], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+    def hits(url: str) -> float:
+        text = httpx.get(f"{url}/metrics").text
+        return float(re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", text, re.MULTILINE)[0])
+
+    texts = []
+    for expected in (0, 699):
+        process, url = spawn(*flags)
+        try:
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            texts.append(answer.json()["choices"][0]["text"])
+            assert hits(url) >= expected and (expected or not hits(url))
+            deadline = time.monotonic() + 30
+            while not expected and not list(tmp_path.rglob("*whole*")) and time.monotonic() < deadline:
+                time.sleep(0.05)  # a thread of its own writes
+            process.kill()
+        finally:
+            process.kill()
+            process.communicate()
+    assert texts[0] == texts[1]
 
 
 # The embedded model

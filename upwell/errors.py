@@ -67,3 +67,10 @@ class ShuttingDownError(UpwellError):
     """The engine drains and takes no new requests."""
 
     http_status = 503
+
+
+class RankError(UpwellError):
+    """Another process of this model ended or failed: what it held is gone, so nothing runs any more."""
+
+    exit_code = 1
+    http_status = 503

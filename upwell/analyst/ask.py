@@ -88,16 +88,26 @@ class Asker:
 
     def ask(self, question: str) -> Answer:
         """Answer in terms of the open table. Raises InputError without a table or with an unusable question."""
+        return self.ask_all([question])[0]
+
+    def ask_all(self, questions: Sequence[str]) -> list[Answer]:
+        """Several questions about the open table, which the model reads in one batch."""
         if self._table is None:
             raise InputError("no table is open", "call open(path) first")
-        text = " ".join(question.split())
-        if not text:
-            raise InputError("the question is empty", "ask something about the table")
-        if len(text) > MAX_QUESTION:
-            raise InputError(f"the question has {len(text)} characters", f"at most {MAX_QUESTION} are read")
+        texts = [" ".join(question.split()) for question in questions]
+        for text in texts:
+            if not text:
+                raise InputError("the question is empty", "ask something about the table")
+            if len(text) > MAX_QUESTION:
+                raise InputError(f"the question has {len(text)} characters", f"at most {MAX_QUESTION} are read")
         profile = self._table.profile
-        linked = link(text, profile)
-        reading = self.read(profile, linked)
+        linked = [link(text, profile) for text in texts]
+        read = self.read_all(profile, linked)
+        return [self._answer(*each) for each in zip(questions, linked, read, strict=True)]
+
+    def _answer(self, question: str, linked: LinkedQuestion, reading: Reading) -> Answer:
+        assert self._table is not None
+        profile = self._table.profile
         if reading.plan.kind == "noans":
             return self._refuse(question, profile, linked, reading)
         sql = to_sql(reading.plan, profile, linked.slots)
@@ -114,30 +124,43 @@ class Asker:
                       reading.confidence, message)  # fmt: skip
 
     def read(self, profile: TableProfile, linked: LinkedQuestion) -> Reading:
-        """The best-supported plan: its probability over column orders, a share for the draft, weighed by how much of
-        the question it uses."""
-        draft = draft_plan(profile, linked)
-        candidates = self.candidates(profile, linked, draft)
-        candidates[draft.plan] = candidates.get(draft.plan, 0.0) + DRAFT
-        weights = {plan: p * support(plan, linked) / (1 + DRAFT) for plan, p in candidates.items()}
-        best = max(weights, key=lambda plan: weights[plan])
-        return Reading(best, weights[best])
+        """One question's best-supported plan."""
+        return self.read_all(profile, [linked])[0]
 
-    def candidates(self, profile: TableProfile, linked: LinkedQuestion, draft: Draft) -> dict[Plan, float]:
+    def read_all(self, profile: TableProfile, asked: Sequence[LinkedQuestion]) -> list[Reading]:
+        """Each question's best-supported plan: its probability over column orders, a share for the draft, weighed by
+        how much of the question it uses."""
+        drafts = [draft_plan(profile, linked) for linked in asked]
+        readings = []
+        for linked, draft, candidates in zip(asked, drafts, self.candidates(profile, asked, drafts), strict=True):
+            candidates[draft.plan] = candidates.get(draft.plan, 0.0) + DRAFT
+            weights = {plan: p * support(plan, linked) / (1 + DRAFT) for plan, p in candidates.items()}
+            best = max(weights, key=lambda plan: weights[plan])
+            readings.append(Reading(best, weights[best]))
+        return readings
+
+    def candidates(
+        self, profile: TableProfile, asked: Sequence[LinkedQuestion], drafts: Sequence[Draft]
+    ) -> list[dict[Plan, float]]:
         """Plans and their probability, averaged over ORDERS column orders: each order's greedy one and DRAWS draws."""
         from upwell.engine import SamplingParams
 
-        orders = column_orders(profile, linked, ORDERS)
         tokenizer = self.llm.tokenizer
-        masks = [PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer) for order in orders]
-        prompts = [
-            {"prompt_token_ids": prompt_ids(tokenizer, render_prompt(profile, linked, order, draft))}
-            for order in orders
-        ]
+        orders: list[list[int]] = []  # of every prompt; ORDERS prompts a question
+        masks: list[PlanMask] = []
+        prompts: list[dict[str, list[int]]] = []
+        for linked, draft in zip(asked, drafts, strict=True):
+            for order in column_orders(profile, linked, ORDERS):
+                orders.append(order)
+                masks.append(PlanMask(PlanGrammar(profile, linked.slots, order), tokenizer))
+                prompt = render_prompt(profile, linked, order, draft)
+                prompts.append({"prompt_token_ids": prompt_ids(tokenizer, prompt)})
+        if not masks:
+            return []
         end = masks[0].end
         if end is None:
             raise InputError("this model's tokenizer has no plan tokens", "questions need upwell-nano")
-        found: dict[tuple[int, Plan], float] = {}  # by order: a plan drawn twice counts once
+        found: dict[tuple[int, Plan], float] = {}  # by prompt: a plan drawn twice counts once
         for temperature, n in ((0.0, 1), (1.0, DRAWS)):
             params = SamplingParams(temperature=temperature, n=n, seed=0, max_tokens=MAX_PLAN_TOKENS, logprobs=0,
                                     stop_token_ids=[end], ignore_eos=True)  # fmt: skip
@@ -148,9 +171,10 @@ class Asker:
                         continue  # ran past the longest plan: no reading
                     plan = _order_free(parse_plan(tokens, orders[k]))
                     found[k, plan] = math.exp(sum(entry.logprob for entry in completion.logprobs or []))
-        weights: dict[Plan, float] = {}
-        for (_, plan), probability in found.items():
-            weights[plan] = weights.get(plan, 0.0) + probability / len(orders)
+        weights: list[dict[Plan, float]] = [{} for _ in asked]
+        for (k, plan), probability in found.items():
+            of = weights[k // ORDERS]
+            of[plan] = of.get(plan, 0.0) + probability / ORDERS
         return weights
 
     def _refuse(self, question: str, profile: TableProfile, linked: LinkedQuestion, reading: Reading) -> Answer:

@@ -20,7 +20,12 @@ def plot(record: dict[str, Any], file: Path) -> None:
     rows = [row for row in record["rows"] if "tokens_per_second" in row]
     names = list(dict.fromkeys(row["name"] for row in rows))
     engines = list(dict.fromkeys(row.get("engine", "upwell") for row in rows))
-    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    waits = [row for row in record["rows"] if row["name"].startswith("between tokens")]
+    heights = [1.2 + 0.5 * len(rows)] + ([0.8 + 0.4 * len(waits)] if waits else [])
+    figure, panels = pyplot.subplots(
+        len(heights), figsize=(7, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    axes = panels[0][0]
     height = 0.8 / len(engines)
     for k, engine in enumerate(engines):
         own = [row for row in rows if row.get("engine", "upwell") == engine]
@@ -38,12 +43,23 @@ def plot(record: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{record['model']['path']}, {record['machine']['cpu']}, {record['date']}", fontsize=9)
     if len(engines) > 1:
         axes.legend()
+    if waits:
+        _draw_waits(panels[1][0], waits)
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:
         raise InputError(f"--plot {file}: {error}", "name a .png, .svg or .pdf") from None
     finally:
         pyplot.close(figure)
+
+
+def _draw_waits(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Median (bar) and 99th percentile (whisker) of the time between tokens."""
+    middle = [1000 * row["p50"] for row in rows]
+    rest = [1000 * row["p99"] - m for row, m in zip(rows, middle, strict=True)]
+    axes.barh([row["name"] for row in rows], middle, 0.6, xerr=[[0.0] * len(rows), rest], capsize=2, color="tab:green")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms between tokens (median; whisker: 99th percentile)")
 
 
 def _ends(row: dict[str, Any]) -> tuple[float, float]:

@@ -70,25 +70,26 @@ def slots(config: ModelConfig) -> Iterator[Slot]:
     hidden, vocab = config.hidden_size, config.vocab_size
     yield Slot("embed.weight", (vocab, hidden), "plain")
     for i, ratio in enumerate(config.compress_ratios):
-        yield from _block(config, f"layers.{i}.", ratio, config.is_hash_layer(i))
+        yield from block_slots(config, f"layers.{i}.", ratio, config.is_hash_layer(i))
     yield Slot("norm.weight", (hidden,), "norm")
-    yield from _hyper_head(config, "")
+    yield from hyper_head_slots(config, "")
     yield Slot("head.weight", (vocab, hidden), "plain")
     for i in range(config.num_nextn_predict_layers):
         prefix = f"mtp.{i}."
-        yield from _block(config, prefix, 0, False)
+        yield from block_slots(config, prefix, 0, False)
         for name in ("e_proj", "h_proj"):
             yield Slot(f"{prefix}{name}.weight", (hidden, hidden), "matrix")
         for name in ("enorm", "hnorm", "norm"):
             yield Slot(f"{prefix}{name}.weight", (hidden,), "norm")
-        yield from _hyper_head(config, prefix)
+        yield from hyper_head_slots(config, prefix)
 
 
 def is_mtp(name: str) -> bool:
     return name.startswith("mtp.")
 
 
-def _block(config: ModelConfig, prefix: str, ratio: int, is_hash: bool) -> Iterator[Slot]:
+def block_slots(config: ModelConfig, prefix: str, ratio: int, is_hash: bool) -> Iterator[Slot]:
+    """A layer's, an MTP block's, or a DSpark stage's (checkpoint/dspark.py)."""
     hidden, h = config.hidden_size, config.hc_mult
     yield from _attention(config, f"{prefix}attn.", ratio)
     yield from _moe(config, f"{prefix}ffn.", is_hash)
@@ -141,7 +142,8 @@ def _moe(config: ModelConfig, prefix: str, is_hash: bool) -> Iterator[Slot]:
         yield Slot(f"{prefix}shared_experts.{name}.weight", (out, into), "matrix")
 
 
-def _hyper_head(config: ModelConfig, prefix: str) -> Iterator[Slot]:
+def hyper_head_slots(config: ModelConfig, prefix: str) -> Iterator[Slot]:
+    """hc_head_*: the model's own with no prefix, or a drafter's."""
     h = config.hc_mult
     yield Slot(f"{prefix}hc_head_fn", (h, h * config.hidden_size), "float")
     yield Slot(f"{prefix}hc_head_base", (h,), "float")

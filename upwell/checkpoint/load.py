@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from upwell.checkpoint.expert_pages import ExpertPages
 from upwell.checkpoint.geometry import Kind
-from upwell.checkpoint.match import Plan, Weight, plan_checkpoint
+from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight, plan_checkpoint
 from upwell.checkpoint.names import from_official
+from upwell.checkpoint.offload import Offload
+from upwell.checkpoint.parts import part_of
 from upwell.checkpoint.shards import Stored
-from upwell.config import Numerics
+from upwell.config import ModelConfig, Numerics
 from upwell.devices import npu
-from upwell.errors import InputError
+from upwell.errors import CheckpointError, InputError
 from upwell.model import Transformer
 from upwell.model.layers import Linear
 from upwell.model.moe import Experts
+from upwell.model.offload import HostExperts, PagedLayer
+from upwell.model.parallel import ParallelTransformer, Ranks
+from upwell.model.sharding import Cut, Shard
 from upwell.ops.linear import dense_weight
 from upwell.ops.rope import inverse_frequencies
 
@@ -38,26 +47,52 @@ DTYPES = {
     "I64": torch.int64,
 }
 
+_LINE = 64
+
 
 def load_model(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     numerics: Numerics = "exact",
+    offload: Offload | None = None,
 ) -> Transformer:
     """The model of a checkpoint directory, in official or transformers' names, ready for inference.
 
     dtype: float32 or bfloat16 for activations and unquantized weights; None takes the checkpoint's own. Norms, mHC,
-    sinks, position biases and routing biases are FP32 always. Everything is checked before anything large is
-    allocated: raises CheckpointError or ConfigError, one line naming file and tensor.
+    sinks, position biases and routing biases are FP32 always. `offload`: where the routed experts stay. Everything
+    is checked before anything large is allocated: raises CheckpointError or ConfigError, naming file and tensor.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise InputError(f"dtype {dtype} isn't supported", "use torch.float32 or torch.bfloat16")
-    plan = plan_checkpoint(Path(path))
+    plan = _plan(path, dtype)
     with torch.device("meta"):
         model = Transformer(plan.config, numerics)
-    _Filler(model, plan, dtype, torch.device(device)).fill()
+    _Filler(model, plan, dtype, torch.device(device), offload).fill()
     return model.eval()
+
+
+def load_part(
+    path: str | os.PathLike[str],
+    ranks: Callable[[ModelConfig], Ranks],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    numerics: Numerics = "exact",
+) -> ParallelTransformer:
+    """One rank's part of a checkpoint's model, as `load_model`; nothing else of it is kept in memory.
+
+    `ranks` makes of the checkpoint's config who shares it and how. Raises InputError where it can't be shared so.
+    """
+    plan = _plan(path, dtype)
+    own = ranks(plan.config)
+    with torch.device("meta"):
+        model = ParallelTransformer(plan.config, own, numerics)
+    _Filler(model, plan, dtype, torch.device(device), None, own.shard).fill()
+    return model.eval()
+
+
+def _plan(path: str | os.PathLike[str], dtype: torch.dtype | None) -> Plan:
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise InputError(f"dtype {dtype} isn't supported", "use torch.float32 or torch.bfloat16")
+    return plan_checkpoint(Path(path))
 
 
 class MappedFiles:
@@ -79,28 +114,105 @@ class MappedFiles:
         return raw.view(dtype).view(stored.shape)
 
 
-class _Filler:
-    """Puts a plan's tensors into a model that was built on the meta device."""
+class ReadFiles(MappedFiles):
+    """Tensors in memory of their own, for a process whose memory is counted: a mapping would count whole files."""
 
-    def __init__(self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
-        self.model, self.plan, self.device = model, plan, device
+    def tensor(self, stored: Stored) -> Tensor:
+        dtype = DTYPES[stored.dtype]
+        # As far from a cache line's start as in the mapping: a BLAS library's sums may depend on it, in the last bits.
+        skew = 0 if stored.start % dtype.itemsize else stored.start % _LINE
+        own = torch.empty(stored.nbytes + _LINE, dtype=torch.uint8)[skew : skew + stored.nbytes]
+        raw = own.numpy().data  # a memoryview
+        with stored.file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < stored.nbytes:
+                got = os.preadv(stream.fileno(), [raw[done:]], stored.start + done)
+                if not got:
+                    raise CheckpointError(f"{stored} is cut off", "download this shard again")
+                done += got
+            os.posix_fadvise(stream.fileno(), stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
+        return own.view(dtype).view(stored.shape)
+
+
+class _Filler:
+    """Puts a plan's tensors, or a rank's part of them, into a model that was built on the meta device."""
+
+    def __init__(
+        self, model: Transformer, plan: Plan, dtype: torch.dtype | None, device: torch.device, offload: Offload | None,
+        shard: Shard | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.plan, self.device, self.offload = model, plan, device, offload
+        self.shard = shard or Shard(plan.config)
         self.official = model.numerics == "official"
-        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not INT8
-        self.files = MappedFiles()
+        self.decodes = device.type == "npu" and not npu.chip_of(device).fp8  # FP8 and FP4, not integers
+        self.files = ReadFiles() if offload is not None and offload.experts == "disk" else MappedFiles()
         embed = next(weight for slot, (weight, _) in plan.single if slot.name == "embed.weight")
         self.dtype = dtype or DTYPES[embed.dtype]
 
     def fill(self) -> None:
         for slot, weight in self.plan.single:
-            self._set_tensor(from_official(slot.name), slot.kind, weight)
-        for layer, (w13, w2) in self.plan.stacked.items():
-            module = self._experts(layer)
-            module.w13, module.w2 = self._parameter(self._dense(w13)), self._parameter(self._dense(w2))
-        for layer, parts in self.plan.experts.items():
-            self._set_experts(self._experts(layer), parts)
+            self._set_tensor(from_official(slot.name), slot.kind, weight, self.shard.cut(slot.name))
+        if self.offload is None:
+            self._fill_experts()
+        elif self.offload.experts == "disk":
+            self._page_experts(self.offload)
+        else:
+            with self._on_host():
+                self._fill_experts()
+        if self.offload is not None and self.device.type != "cpu":
+            for layer in (*self.plan.stacked, *self.plan.experts):
+                self._send_away(self._experts(layer))
         self._set_frequencies()
 
-    def _set_tensor(self, name: str, kind: Kind, weight: Weight) -> None:
+    def _fill_experts(self) -> None:
+        for layer, (w13, w2) in self.plan.stacked.items():
+            self._set_stacks(self._experts(layer), self._held(layer), w13, w2)
+        for layer, parts in self.plan.experts.items():
+            self._set_experts(self._experts(layer), self._held(layer), parts)
+
+    @contextmanager
+    def _on_host(self) -> Iterator[None]:
+        device, decodes = self.device, self.decodes
+        self.device, self.decodes = torch.device("cpu"), False
+        yield
+        self.device, self.decodes = device, decodes
+
+    def _page_experts(self, offload: Offload) -> None:
+        other = [(w13, "stacked experts") for w13, _ in self.plan.stacked.values()]
+        for parts in self.plan.experts.values():
+            tensor, scale = parts["w1"][0]
+            if scale is None or scale.dtype in INTEGER_SCALE:
+                other.append((tensor, f"experts of {tensor.dtype}"))
+        if other:
+            tensor, what = other[0]
+            raise InputError(
+                f"{tensor}: {what} can't be paged from disk, only FP4 and FP8 ones",
+                "take the official checkpoint, or offload experts=host",
+            )
+        assert offload.memory is not None
+        pages = ExpertPages(
+            list(self.plan.experts.values()), offload.memory, self.plan.config.num_experts_per_tok, offload.usage
+        )
+        self.model.pages = pages
+        for i, layer in enumerate(self.plan.experts):
+            module = self._experts(layer)
+            module.page(PagedLayer(pages, i))
+            module.quantize_input = self.official
+
+    def _send_away(self, module: Experts) -> None:
+        """The module that holds the experts stays on the host; the model's own hands over to it."""
+        held = copy(module)
+        held._parameters, held._buffers = dict(module._parameters), dict(module._buffers)
+        for name in module._buffers:
+            module._buffers[name] = None
+        module.packed = module.paged = None
+        module.send_away(HostExperts(held), self.device)
+
+    def _held(self, layer: str) -> tuple[int, ...]:
+        """The experts that are here, of `layers.0.ffn.experts`."""
+        return self.shard.experts(layer.removesuffix(".ffn.experts"))
+
+    def _set_tensor(self, name: str, kind: Kind, weight: Weight, cut: Cut | None) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         tensor, scale = weight
@@ -108,16 +220,16 @@ class _Filler:
             assert isinstance(module, Linear)
             # wo_a is stored as FP8 but its input is never rounded (the official code decodes it to BF16).
             module.quantize_input = self.official and not path.endswith("wo_a")
-            if self.decodes and scale.dtype != "F32":
-                module.weight = self._parameter(self._decoded(weight).to(self.device))
+            stored, own_scale = self._stored(weight, cut)
+            if own_scale is None or (self.decodes and scale.dtype not in INTEGER_SCALE):
+                module.weight = self._parameter(dense_weight(stored, own_scale, self.dtype).to(self.device))
                 return
-            stored, module.scale = self._packed(weight)
-            module.weight = nn.Parameter(stored, requires_grad=False)
-            module.quantize_input &= scale.dtype != "F32"  # INT8 weights round their input themselves
+            module.weight, module.scale = nn.Parameter(stored.to(self.device), False), own_scale.to(self.device)
+            module.quantize_input &= scale.dtype not in INTEGER_SCALE  # integer weights round their input themselves
         elif kind == "table":
             setattr(module, leaf, self._as_stored(tensor))
         else:
-            value = self.files.tensor(tensor)
+            value, _ = self._stored(weight, cut)
             if not self._stays_mapped(module, value):
                 value = value.to(dtype=self._dtype_of(kind))
             value = value.to(self.device)
@@ -134,36 +246,57 @@ class _Filler:
             return torch.float32
         return self.dtype
 
-    def _set_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
-        experts = range(module.n)
+    def _set_stacks(self, module: Experts, held: tuple[int, ...], w13: Stored, w2: Stored) -> None:
+        up, down = self.files.tensor(w13), self.files.tensor(w2)
+        if self.shard.exchanges:
+            up, down = up[list(held)], down[list(held)]
+        elif self.shard.world > 1:
+            (first, last), inter = self.shard.inter, up.shape[1] // 2
+            up = torch.cat((up[:, first:last], up[:, inter + first : inter + last]), dim=1)
+            down = down[:, :, first:last].contiguous()
+        module.w13 = self._parameter(up.to(self.device, self.dtype))
+        module.w2 = self._parameter(down.to(self.device, self.dtype))
+
+    def _set_experts(self, module: Experts, held: tuple[int, ...], parts: dict[str, list[Weight]]) -> None:
+        cuts: dict[str, Cut | None] = dict.fromkeys(("w1", "w2", "w3"))
+        if self.shard.world > 1 and not self.shard.exchanges:
+            rows = Cut(rows=self.shard.inter)
+            cuts = {"w1": rows, "w2": Cut(cols=self.shard.inter), "w3": rows}
         scale = parts["w1"][0][1]
-        if scale is not None and scale.dtype == "F32":
-            self._set_int8_experts(module, parts)
+        if scale is not None and scale.dtype in INTEGER_SCALE:
+            self._set_integer_experts(module, held, parts, cuts)
             return
         if scale is not None and not self.decodes:
-            module.pack([{leaf: self._packed(parts[leaf][e]) for leaf in ("w1", "w2", "w3")} for e in experts])
+            module.pack([{leaf: self._packed(parts[leaf][e], cuts[leaf]) for leaf in cuts} for e in held])
             module.quantize_input = self.official
             return
         # Dense experts are stacked: one product per expert over a contiguous stack, and trainable.
         w13 = torch.empty(module.w13.shape, dtype=self.dtype, device=self.device)
         w2 = torch.empty(module.w2.shape, dtype=self.dtype, device=self.device)
         inter = w13.shape[1] // 2
-        for e in experts:
-            w13[e, :inter] = self._decoded(parts["w1"][e])
-            w13[e, inter:] = self._decoded(parts["w3"][e])
-            w2[e] = self._decoded(parts["w2"][e])
+        for place, e in enumerate(held):
+            w13[place, :inter] = self._decoded(parts["w1"][e], cuts["w1"])
+            w13[place, inter:] = self._decoded(parts["w3"][e], cuts["w3"])
+            w2[place] = self._decoded(parts["w2"][e], cuts["w2"])
         module.w13, module.w2 = self._parameter(w13), self._parameter(w2)
 
-    def _set_int8_experts(self, module: Experts, parts: dict[str, list[Weight]]) -> None:
-        """INT8 weights and their rows' scales, stacked as grouped products take them."""
+    def _set_integer_experts(
+        self, module: Experts, held: tuple[int, ...], parts: dict[str, list[Weight]], cuts: dict[str, Cut | None]
+    ) -> None:
+        """INT8 or INT4 weights and their scales, stacked as grouped products take them: scales of groups lie with a
+        group's rows side by side."""
         inter = module.w13.shape[1] // 2
-        shapes = ((module.w13.shape, torch.int8), (module.w2.shape, torch.int8), (module.w13.shape[:2], torch.float32),
-                  (module.w2.shape[:2], torch.float32))  # fmt: skip
-        w13, w2, s13, s2 = (torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
-        for e in range(module.n):
-            w13[e, :inter], s13[e, :inter] = self._packed(parts["w1"][e])
-            w13[e, inter:], s13[e, inter:] = self._packed(parts["w3"][e])
-            w2[e], s2[e] = self._packed(parts["w2"][e])
+
+        def stack(leaf: str, rows: int) -> tuple[Tensor, Tensor]:
+            weight, scale = self._packed(parts[leaf][0], cuts[leaf])
+            scales = torch.empty(module.n, *scale.shape[1:], rows, dtype=scale.dtype, device=self.device)
+            return weight.new_empty(module.n, rows, weight.shape[1]), scales.movedim(-1, 1)
+
+        (w13, s13), (w2, s2) = stack("w1", 2 * inter), stack("w2", module.w2.shape[1])
+        for place, e in enumerate(held):
+            w13[place, :inter], s13[place, :inter] = self._packed(parts["w1"][e], cuts["w1"])
+            w13[place, inter:], s13[place, inter:] = self._packed(parts["w3"][e], cuts["w3"])
+            w2[place], s2[place] = self._packed(parts["w2"][e], cuts["w2"])
         module.w13, module.w2 = nn.Parameter(w13, requires_grad=False), nn.Parameter(w2, requires_grad=False)
         module.w13_scale, module.w2_scale = s13, s2
 
@@ -178,25 +311,34 @@ class _Filler:
         assert isinstance(module, Experts)
         return module
 
-    def _packed(self, weight: Weight) -> tuple[Tensor, Tensor]:
+    def _stored(self, weight: Weight, cut: Cut | None) -> tuple[Tensor, Tensor | None]:
+        """A tensor, or its part, and its scale, in host memory."""
+        if cut is not None:
+            return part_of(self.files, weight, cut, self.dtype)
         tensor, scale = weight
-        assert scale is not None
         stored = self.files.tensor(tensor)
-        if scale.dtype == "F32":
-            stored = stored.view(torch.int8)  # INT8 by rows; an FP4 weight's I8 holds two codes a byte
-        return stored.to(self.device), self._as_stored(scale)
+        if scale is None:
+            return stored, None
+        if scale.dtype == "F32" and tensor.dtype == "I8":
+            stored = stored.view(torch.int8)  # INT8; FP4's I8 and INT4's U8 hold two codes a byte
+        return stored, self.files.tensor(scale)
 
-    def _decoded(self, weight: Weight) -> Tensor:
+    def _packed(self, weight: Weight, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
+        stored, scale = self._stored(weight, cut)
+        if scale is None:
+            raise InputError(
+                f"{weight[0]} can't be split by its blocks over {self.shard.world} ranks",
+                "use --ep, which leaves experts whole",
+            )
+        return stored.to(self.device), scale.to(self.device)
+
+    def _decoded(self, weight: Weight, cut: Cut | None = None) -> Tensor:
         """The weight in host memory, decoded to the model's dtype if it is packed."""
-        tensor, scale = weight
-        stored = self.files.tensor(tensor)
-        return stored if scale is None else dense_weight(stored, self.files.tensor(scale), self.dtype)
+        stored, scale = self._stored(weight, cut)
+        return stored if scale is None else dense_weight(stored, scale, self.dtype)
 
     def _as_stored(self, stored: Stored) -> Tensor:
         return self.files.tensor(stored).to(self.device)
-
-    def _dense(self, stored: Stored) -> Tensor:
-        return self.files.tensor(stored).to(self.device, self.dtype)
 
     @staticmethod
     def _parameter(value: Tensor) -> nn.Parameter:

@@ -15,6 +15,7 @@ from upwell.errors import CheckpointError
 _DENSE = ("F32", "BF16")
 _FP4 = ("I8", "U8")
 _SCALE = ("F8_E8M0", "U8")
+INTEGER_SCALE = ("F32", "BF16")  # INT8's and INT4's
 DSPARK = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\.")
 V41 = re.compile(r"(^|[._])(engram|vision|visual)")
 
@@ -26,6 +27,7 @@ class Plan:
     """Where each of the model's tensors comes from. An expert slot has one weight an expert, or the layer's stack."""
 
     config: ModelConfig
+    drafter: tuple[Slot, ...] = ()  # DSpark's, after the config's own slots
     single: list[tuple[Slot, Weight]] = field(default_factory=list)
     experts: dict[str, dict[str, list[Weight]]] = field(default_factory=dict)  # `layers.0.ffn.experts` -> w1 -> [E]
     stacked: dict[str, tuple[Stored, Stored]] = field(default_factory=dict)  # `layers.0.ffn.experts` -> w13, w2
@@ -47,18 +49,22 @@ def read_config(directory: Path) -> ModelConfig:
     return ModelConfig.from_file(directory / "config.json")
 
 
-def match(config: ModelConfig, stored: dict[str, Stored], directory: Path) -> Plan:
-    """Find every tensor of `config` among `stored`, with the right shape and dtype, and nothing else.
+def match(
+    config: ModelConfig, stored: dict[str, Stored], directory: Path, drafter: tuple[Slot, ...] = ()
+) -> Plan:  # fmt: skip
+    """Find every tensor of `config` (and of a DSpark drafter) among `stored`, with the right shape and dtype, and
+    nothing else.
 
     Raises CheckpointError naming file and tensor. transformers' checkpoints have no MTP; the plan's config says so.
     """
     by_name = _by_canonical_name(stored)
-    _refuse_relatives(by_name)
+    if not drafter:
+        _refuse_relatives(by_name)
     if any(is_hf_name(name) for name in stored):
         config = config.with_mtp(0)
         by_name = {name: tensor for name, tensor in by_name.items() if not is_mtp(name)}
-    plan = Plan(config)
-    for slot in slots(config):
+    plan = Plan(config, drafter)
+    for slot in (*slots(config), *drafter):
         if slot.kind == "expert":
             _match_experts(plan, slot, by_name, directory)
         else:
@@ -111,6 +117,12 @@ def _take(name: str, slot: Slot, by_name: dict[str, Stored], directory: Path) ->
         return tensor, _take_scale(name, fp8_scale_shape(slot.shape), by_name, directory)
     if slot.kind in ("matrix", "expert") and tensor.dtype == "I8" and tensor.shape == slot.shape:
         return tensor, _take_scale(name, slot.shape[:1], by_name, directory, ("F32",))
+    if slot.kind in ("matrix", "expert") and _is_int4(name, tensor, by_name):
+        _check(tensor, fp4_packed_shape(slot.shape), ("U8",))
+        rows, cols = slot.shape
+        groups = by_name[_scale_name(name)].shape[1:]
+        by_group = len(groups) == 1 and groups[0] > 0 and cols % groups[0] == 0
+        return tensor, _take_scale(name, (rows, *groups) if by_group else (rows,), by_name, directory, INTEGER_SCALE)
     if slot.kind == "expert" and tensor.dtype in _FP4:
         _check(tensor, fp4_packed_shape(slot.shape), _FP4)
         return tensor, _take_scale(name, fp4_scale_shape(slot.shape), by_name, directory)
@@ -118,11 +130,21 @@ def _take(name: str, slot: Slot, by_name: dict[str, Stored], directory: Path) ->
     return tensor, None
 
 
+def _is_int4(name: str, tensor: Stored, by_name: dict[str, Stored]) -> bool:
+    """Two codes a byte as FP4, whose scales are bytes."""
+    scale = by_name.get(_scale_name(name))
+    return tensor.dtype == "U8" and scale is not None and scale.dtype in INTEGER_SCALE
+
+
+def _scale_name(weight_name: str) -> str:
+    return weight_name.removesuffix("weight") + "scale"
+
+
 def _take_scale(
     weight_name: str, shape: tuple[int, ...], by_name: dict[str, Stored], directory: Path,
     dtypes: tuple[str, ...] = _SCALE,
 ) -> Stored:  # fmt: skip
-    name = weight_name.removesuffix("weight") + "scale"
+    name = _scale_name(weight_name)
     scale = by_name.pop(name, None)
     if scale is None:
         raise CheckpointError(f"{directory}: tensor {name} is missing, the scale of a quantized weight")
@@ -152,9 +174,11 @@ def _match_experts(plan: Plan, slot: Slot, by_name: dict[str, Stored], directory
     weights = [_take(slot.name.format(e), slot, by_name, directory) for e in range(slot.count)]
     plan.experts.setdefault(layer, {})[leaf.removesuffix(".weight")] = weights
     first = weights[0][0]
-    for tensor, _ in weights:
+    for tensor, scale in weights:
         if tensor.dtype != first.dtype:
             raise CheckpointError(f"{tensor} is of dtype {tensor.dtype}, expert 0 is of {first.dtype}")
+        if scale is not None and weights[0][1] is not None and scale.shape != weights[0][1].shape:
+            raise CheckpointError(f"{scale} has shape {list(scale.shape)}, expert 0's {list(weights[0][1].shape)}")
 
 
 def _check_stacks(plan: Plan) -> None:

@@ -22,7 +22,7 @@ from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, 
 from upwell.checkpoint.names import from_official, hf_name
 from upwell.checkpoint.shards import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
 from upwell.config import ModelConfig
-from upwell.errors import CheckpointError
+from upwell.errors import CheckpointError, InputError
 from upwell.formats.fp4 import GROUP, quantize_fp4
 from upwell.formats.fp8 import quantize_fp8
 from upwell.model import Transformer
@@ -80,10 +80,12 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them."""
+    """Tensors that are made together (a packed weight and its scale): name, dtype and shape, and how to make them.
+    `format`: what a conversion made of a weight, by name; None where nothing was quantized."""
 
     tensors: Specs
     make: Callable[[], tuple[Tensor, ...]]
+    format: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +121,7 @@ def _weight_piece(
     if not quantize:
         return Piece(((name, _FLOAT_NAMES[dtype], slot.shape),), lambda: (dense_weight(weight, scale, dtype),))
     scale_name = name.removesuffix("weight") + "scale"
-    packed_so = scale is not None and weight.dtype != torch.int8  # INT8 isn't the official format: encode anew
+    packed_so = scale is not None and not scale.is_floating_point()  # INT8 and INT4 aren't official: encode anew
     if weight.dtype == torch.float8_e4m3fn or (not packed_so and slot.kind == "matrix"):
         specs = ((name, "F8_E4M3", slot.shape), (scale_name, "F8_E8M0", fp8_scale_shape(slot.shape)))
         encode = quantize_fp8
@@ -199,6 +201,23 @@ def split_shards(pieces: list[Piece], max_bytes: int) -> list[list[Piece]]:
         if shards[-1] and size + piece.nbytes > max_bytes:
             shards.append([])
             size = 0
+        shards[-1].append(piece)
+        size += piece.nbytes
+    return shards
+
+
+def split_evenly(pieces: list[Piece], count: int) -> list[list[Piece]]:
+    """Split in order into `count` shards of about equal size. InputError where there are fewer pieces."""
+    if count > len(pieces):
+        raise InputError(f"--shards is {count}, the checkpoint has {len(pieces)} parts", "ask for fewer")
+    total = sum(piece.nbytes for piece in pieces)
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for i, piece in enumerate(pieces):
+        missing = count - len(shards)
+        full = size + piece.nbytes / 2 > total * len(shards) / count
+        if shards[-1] and missing and (full or len(pieces) - i == missing):
+            shards.append([])
         shards[-1].append(piece)
         size += piece.nbytes
     return shards

@@ -13,6 +13,7 @@ from typing import Any
 
 from upwell.checkpoint.match import DSPARK, V41
 from upwell.checkpoint.names import is_hf_name
+from upwell.checkpoint.recipes import INTEGER_TARGETS
 from upwell.checkpoint.shards import Stored, read_shards
 from upwell.errors import CheckpointError
 
@@ -21,7 +22,8 @@ DESCRIPTION = "quant_model_description.json"  # msmodelslim's and vllm-ascend's 
 
 @dataclass(frozen=True)
 class CheckpointKind:
-    """`name` for people; `format`: official (FP8, with FP4 or FP8 experts), w8a8 (Upwell's), dense; None: not read."""
+    """`name` for people; `format`: official (FP8, with FP4 or FP8 experts), w8a8, w4a8, w4a16 (Upwell's), dense, dspark
+    (converted, not run); None: not read."""
 
     name: str
     format: str | None
@@ -49,11 +51,11 @@ def kind_of(config: dict[str, Any], stored: dict[str, Stored]) -> CheckpointKind
     if any(V41.search(name) for name in names):
         return CheckpointKind("DeepSeek-V4.1 (Engram) or V4 Vision", None)
     if any(DSPARK.search(name) for name in names):
-        return CheckpointKind("DeepSeek-V4 with DSpark drafting (Flash-0731, Pro-0813)", None)
+        return CheckpointKind("DeepSeek-V4 with DSpark drafting (Flash-0731, Pro-0813)", "dspark")
     method = (config.get("quantization_config") or {}).get("quant_method")
     dtypes = {tensor.dtype for tensor in stored.values()}
-    if method == "w8a8":
-        return CheckpointKind("DeepSeek-V4 in W8A8, Upwell's layout", "w8a8")
+    if method in INTEGER_TARGETS:
+        return CheckpointKind(f"DeepSeek-V4 in {method.upper()}, Upwell's layout", method)
     if method not in (None, "fp8"):
         return CheckpointKind(f"DeepSeek-V4 quantized by {method}", None)
     if any(is_hf_name(name) for name in names):

@@ -6,12 +6,19 @@ import argparse
 import sys
 from typing import Any
 
-from upwell.cli.model_flags import add_model_flags, add_sampling_flags, load_llm, sampling_params
+from upwell.cli.model_flags import (
+    add_model_flags,
+    add_parallel_flags,
+    add_sampling_flags,
+    load_llm,
+    sampling_params,
+)
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to a model")
     add_model_flags(parser)
+    add_parallel_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="instructions for the whole conversation")
     parser.add_argument("--thinking", choices=["off", "high", "max"], default="off", help="reason before answering")
     add_sampling_flags(parser, max_tokens=2048)
@@ -46,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
                     print(event.text, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": said[Content], "reasoning_content": said[Reasoning]})
+    llm.close()
     return 0
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "show versions, kernels, memory and usable devices",
     "inspect": "show a model's layers, parameters, bytes and cache",
     "convert": "convert a checkpoint: BF16 or W8A8 for Ascend A2 and A3, FP8 or FP4",
+    "eval": "measure a model's quality, and what a conversion lost",
     "verify": "compare a converted checkpoint with its checksums",
 }
 

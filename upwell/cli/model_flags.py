@@ -15,6 +15,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="V4 checkpoint directory (default: upwell-nano)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add_offload_flags(parser)
+
+
+def add_offload_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("offload: where the model is larger than the device")
+    group.add_argument("--offload", metavar="experts=host|disk",
+                       help="routed experts stay in host memory, or are paged in from disk")  # fmt: skip
+    group.add_argument("--expert-memory", metavar="SIZE", help="of experts on disk, keep so much in memory, e.g. 4GiB")
+    group.add_argument("--expert-usage", type=Path, metavar="FILE",
+                       help="keep there which experts are used most, and begin with those")  # fmt: skip
 
 
 def add_prefix_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +38,16 @@ def add_prefix_cache_flags(parser: argparse.ArgumentParser) -> None:
 def add_speculation_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculative-tokens", type=int, metavar="N",
                         help="draft up to N tokens a step (1 to 7) where that pays (default: none)")  # fmt: skip
+
+
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes with a part of the model each, on cards or a CPU's cores")
+    group.add_argument("--tp", type=int, default=1, metavar="N", help="split heads and widths N ways (default: 1)")
+    group.add_argument("--ep", type=int, default=1, metavar="N", help="keep experts whole, on N ranks (default: 1)")
+    group.add_argument("--expert-load", type=Path, metavar="FILE",
+                       help="place experts by the load it tells, and add what is counted now")  # fmt: skip
+    group.add_argument("--redundant-experts", type=int, default=0, metavar="N",
+                       help="N more places a layer, for copies of hot experts (default: 0)")  # fmt: skip
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -58,7 +78,13 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
     from upwell.engine import LLM
 
     dtype = resolve_dtype(arguments.dtype)
-    return LLM(arguments.model, device=arguments.device, dtype=dtype, **engine_options(arguments))
+    names = ("tp", "ep", "expert_load", "redundant_experts")
+    shared = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return LLM(
+        arguments.model, device=arguments.device, dtype=dtype, offload=arguments.offload,
+        expert_memory=arguments.expert_memory, expert_usage=arguments.expert_usage, **shared,
+        **engine_options(arguments),
+    )  # fmt: skip
 
 
 def sampling_params(arguments: argparse.Namespace, skip_special_tokens: bool = True) -> SamplingParams:

@@ -7,6 +7,7 @@ from typing import Any
 
 from upwell.cli.model_flags import (
     add_model_flags,
+    add_parallel_flags,
     add_prefix_cache_flags,
     add_sampling_flags,
     add_speculation_flag,
@@ -19,6 +20,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("run", help="continue a prompt")
     parser.add_argument("prompt", help="text to continue")
     add_model_flags(parser)
+    add_parallel_flags(parser)
     add_prefix_cache_flags(parser)
     add_speculation_flag(parser)
     add_sampling_flags(parser, max_tokens=256)
@@ -30,5 +32,5 @@ def run(arguments: argparse.Namespace) -> int:
     for delta in llm.stream(arguments.prompt, params):
         print(delta.text, end="", flush=True)
     print()
-    llm.engine.close()
+    llm.close()
     return 0

@@ -6,11 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upwell.cli.model_flags import add_model_flags, add_prefix_cache_flags, add_speculation_flag, load_llm
+from upwell.cli.model_flags import (
+    add_model_flags,
+    add_parallel_flags,
+    add_prefix_cache_flags,
+    add_speculation_flag,
+    load_llm,
+)
 from upwell.errors import InputError
 
 if TYPE_CHECKING:
-    from upwell.server.responders import Responder
+    from upwell.server.responders import ModelResponder
 
 NANO_NAME = "upwell-nano"
 
@@ -24,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="most sequences that run at once")
     parser.add_argument("--max-queue", type=int, metavar="N", help="most requests that wait; more are refused with 429")
     parser.add_argument("--request-timeout", type=float, metavar="S", help="seconds a request may take in the engine")
+    add_parallel_flags(parser)
     add_prefix_cache_flags(parser)
     add_speculation_flag(parser)
     network = parser.add_argument_group("network")
@@ -50,8 +57,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from upwell.engine.sharing import follow_if_told
     from upwell.server.app import create_app
-    from upwell.server.run import Listener, open_listener, serve, with_allowed_hosts
+    from upwell.server.run import Listener, open_listener, serve, stop_when_lost, with_allowed_hosts
     from upwell.server.settings import ServerSettings
 
     for name in ("max_body_mib", "drain_timeout", "request_timeout", "max_num_seqs"):
@@ -60,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} is {value:g}, must be above 0")
     if arguments.audit_prompts and arguments.audit_log is None:
         raise InputError("--audit-prompts is given without --audit-log")
+    follow_if_told()
     listener = Listener(
         arguments.host, arguments.port, arguments.tls_cert, arguments.tls_key, arguments.insecure,
         arguments.log_level, arguments.log_format,
@@ -77,12 +86,16 @@ def run(arguments: argparse.Namespace) -> int:
     settings = with_allowed_hosts(listener, settings)
     bound = open_listener(listener, settings)
     names = arguments.served_model_name or [NANO_NAME if arguments.model is None else arguments.model.resolve().name]
-    app = create_app(_responder(arguments), names, settings)
+    responder = _responder(arguments)
+    app = create_app(responder, names, settings)
+    stop_when_lost(app, responder.thread)
     serve(app, bound, listener, settings, names)
+    if responder.thread.lost is not None:
+        raise responder.thread.lost
     return 0
 
 
-def _responder(arguments: argparse.Namespace) -> Responder:
+def _responder(arguments: argparse.Namespace) -> ModelResponder:
     from upwell.server.responders import ModelResponder, NanoResponder
 
     llm = load_llm(arguments)

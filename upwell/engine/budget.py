@@ -1,10 +1,20 @@
-"""How many prompt tokens a step may compute beside decoding: so many that no one who reads along sees it stall."""
+"""How many prompt tokens a step may compute beside decoding: so many that no one who reads along sees it stall.
+
+A step that decodes d sequences beside p prompt tokens takes about a + b d + c p seconds. The three are fitted to the
+steps that were, as a share of what each was expected to take, the latest most. Steps of either kind, with prompt
+tokens and without, fade only as others of their kind come: hours of plain decoding don't make it forget what a
+prompt's token takes.
+"""
 
 from __future__ import annotations
 
 STRETCH = 3.0  # times as long as decoding alone a step may take that computes prompt tokens too
 LEAST = 16  # prompt tokens, whatever they take: a prompt must get done
-_REFRESH = 32  # such steps after which decoding alone is measured again
+_KEEP = 0.9  # of what is known, a step
+_HICCUP = 2.0  # times as long as expected: what a step takes beyond that doesn't count
+_RIDGE = (1e-3, 1e-3, 1e-9)  # what steps haven't told apart goes to the prompt tokens' account
+
+Row = list[float]
 
 
 class ChunkBudget:
@@ -12,38 +22,62 @@ class ChunkBudget:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._tokens = float(min(most, 4 * LEAST))
-        self._alone = (0, 0.0)  # sequences decoded without prompt tokens beside them, and in how many seconds
-        self._age = 0
+        # Normal equations, of steps without prompt tokens and of those with: rows a, b, c; the last column is the time.
+        self._sums: tuple[list[Row], list[Row]] = (_zeros(), _zeros())
+        self._fit = [0.0, 0.0, 0.0]
 
     def tokens(self, decoding: int) -> int:
-        """Prompt tokens for a step that decodes `decoding` sequences; 0 where it must first learn how long that takes
-        alone: for the first time, for a batch of another size, and now and then."""
-        sequences, _ = self._alone
-        if not sequences <= decoding <= 1.25 * sequences + 1 or not sequences or self._age >= _REFRESH:
-            return 0
-        return self._clamped(self._tokens)
+        """Prompt tokens for a step that decodes `decoding` sequences."""
+        self._fit = _solved([[x + y for x, y in zip(*rows, strict=True)] for rows in zip(*self._sums, strict=True)])
+        fixed, each, prompt = self._fit
+        room = (STRETCH - 1) * (fixed + each * decoding)
+        return min(self._most, max(LEAST, int(room / prompt) if prompt > 0 else 0))
 
     def measured(self, decoding: int, tokens: int, seconds: float) -> None:
-        """A step decoded `decoding` sequences beside `tokens` prompt tokens in `seconds`.
+        """A step decoded `decoding` sequences beside `tokens` prompt tokens in `seconds`."""
+        step = (1.0, float(decoding), float(tokens))
+        expected = sum(value * x for value, x in zip(self._fit, step, strict=True))
+        if expected <= 0:
+            expected = seconds
+        if expected <= 0:
+            return
+        equation = [x / expected for x in (*step, min(seconds, _HICCUP * expected))]
+        sums = self._sums[tokens > 0]
+        for row, x in zip(sums, equation, strict=False):
+            for k, y in enumerate(equation):
+                row[k] = _KEEP * row[k] + x * y
 
-        One step moves the budget by a factor of 2 at most, and half of that way, as its time has a fixed part: so a
-        hiccup of the machine costs little. A chunk shorter than the budget (a prompt's end) may only lower it.
-        """
-        if not decoding:
-            return
-        sequences, alone = self._alone
-        if not tokens:
-            smooth = sequences == decoding and self._age == 0
-            self._alone, self._age = (decoding, (alone + seconds) / 2 if smooth else seconds), 0
-            return
-        self._age += 1
-        if not alone:
-            return
-        room = STRETCH * alone / seconds
-        wanted = tokens * min(2.0, max(0.5, room))
-        if tokens >= self._clamped(self._tokens) or room < 1:
-            self._tokens = float(min(self._most, max(LEAST, (self._tokens + wanted) / 2)))
 
-    def _clamped(self, tokens: float) -> int:
-        return min(self._most, max(LEAST, int(tokens)))
+def _zeros() -> list[Row]:
+    return [[0.0] * 4 for _ in range(3)]
+
+
+def _solved(rows: list[Row]) -> list[float]:
+    """The solution of three equations with non-negative unknowns: one that would be negative is left out."""
+    scale = [max(rows[i][i], 1e-300) ** 0.5 for i in range(3)]
+    kept = [0, 1, 2]
+    while True:
+        system = [
+            [rows[i][k] / scale[i] / scale[k] + _RIDGE[i] * (i == k) for k in kept] + [rows[i][3] / scale[i]]
+            for i in kept
+        ]
+        values = [0.0, 0.0, 0.0]
+        for i, value in zip(kept, _eliminated(system), strict=True):
+            values[i] = value / scale[i]
+        worst = min(kept, key=lambda i: values[i] * scale[i])
+        if values[worst] >= 0:
+            return values
+        kept.remove(worst)
+
+
+def _eliminated(system: list[Row]) -> list[float]:
+    """The solution of n positive definite equations, rows of n + 1."""
+    n = len(system)
+    for i in range(n):
+        for j in range(i + 1, n):
+            share = system[j][i] / system[i][i]
+            system[j] = [y - share * x for x, y in zip(system[i], system[j], strict=True)]
+    values = [0.0] * n
+    for i in reversed(range(n)):
+        values[i] = (system[i][n] - sum(system[i][k] * values[k] for k in range(i + 1, n))) / system[i][i]
+    return values

@@ -33,7 +33,7 @@ from upwell.engine.speculative import MOST_DRAFTS, Draft, Speculator
 from upwell.engine.stats import EngineStats
 from upwell.engine.structured import GrammarCompiler, GrammarMask
 from upwell.engine.tokenizer import Tokenizer
-from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, UpwellError
+from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, RankError, UpwellError
 from upwell.model import Transformer
 
 PREFILL_CHUNK = 512  # prompt tokens a step while nothing decodes: as many as the kernels take at once
@@ -97,6 +97,8 @@ class Engine:
         drafts = SPECULATIVE_TOKENS if speculative_tokens is None else speculative_tokens
         if not 0 <= drafts <= MOST_DRAFTS:
             raise InputError(f"speculative_tokens is {drafts}, must be from 0 to {MOST_DRAFTS}")
+        if graphs and model.local is not model.config:
+            raise InputError("graphs are asked for, but the model is shared by several ranks", "leave one of them out")
         blocks = blocks_for(cache_tokens)
         self.tokenizer = tokenizer
         self.config = model.config
@@ -117,11 +119,14 @@ class Engine:
         # A sequence's last token is never computed, so it needs no place in the cache.
         self.max_model_len = min(model.config.max_position_embeddings, blocks * BLOCK_TOKENS)
         self.max_queue = max_queue
+        self.at_close: list[Callable[[], None]] = []
         self._requests: dict[Request, list[Sequence]] = {}
         self._arrivals = itertools.count()
         self._open = 0  # sequences taken and not ended
         self._taking = threading.Lock()  # over _open
         self._generated = self._prompted = 0  # tokens
+        self.clock: Callable[[], float] = time.perf_counter  # by which steps are measured
+        self.before_computing: Callable[[], None] = _nothing  # called in each step
 
     @property
     def has_work(self) -> bool:
@@ -230,18 +235,23 @@ class Engine:
         """Decode one token of every running sequence and compute some prompt tokens beside it."""
         self._expire()
         batch = self.scheduler.schedule(self.budget)
-        decode = [(sequence, 1) for sequence in batch.decode]
-        began = time.perf_counter()
-        shares = self.runner.computes_ragged and bool(batch.prefill)
+        self.before_computing()
+        decode = [(sequence, 1) for sequence in batch.decode if not sequence.alone]
+        prefill = [(sequence, tokens) for sequence, tokens in batch.prefill if not sequence.alone]
+        suspects = [(s, 1) for s in batch.decode if s.alone] + [(s, n) for s, n in batch.prefill if s.alone]
+        began = self.clock()
+        shares = self.runner.computes_ragged and bool(prefill)
         if self.speculator is not None and not (shares and self.speculator.rests):
-            self._speculate(self.speculator, batch.decode)
-            self._run(batch.prefill)
+            self._speculate(self.speculator, [sequence for sequence, _ in decode])
+            self._run(prefill)
         elif self.runner.computes_ragged:
-            self._run(decode + batch.prefill)
+            self._run(decode + prefill)
         else:  # padding one token to a chunk would cost a chunk
             self._run(decode)
-            self._run(batch.prefill)
-        self.budget.measured(len(decode), sum(n for _, n in batch.prefill), time.perf_counter() - began)
+            self._run(prefill)
+        for suspect in suspects:
+            self._run([suspect])
+        self.budget.measured(len(batch.decode), sum(n for _, n in batch.prefill), self.clock() - began)
         for sequence in batch.restored:
             if self.speculator is not None and sequence.restored is not None:
                 self.speculator.read(sequence, sequence.computed - 1, sequence.restored)
@@ -253,9 +263,14 @@ class Engine:
             self._fail(sequence, error)
 
     def close(self) -> None:
-        """Finish writing the prefix cache to disk. The engine isn't used after it."""
+        """Finish writing what is kept on disk (prefixes, experts' use), and what else waits for the end. The engine
+        isn't used after it."""
         if self.prefix is not None:
             self.prefix.close()
+        if self.runner.model.pages is not None:
+            self.runner.model.pages.close()
+        while self.at_close:
+            self.at_close.pop()()
 
     def _expire(self) -> None:
         late = [r for r in self._requests if r.deadline is not None and r.deadline <= time.monotonic()]
@@ -281,20 +296,37 @@ class Engine:
                 if is_prompt:
                     self._save(sequence, streams[row])
                 if sequence.status is Status.DECODE:
-                    forks = self.scheduler.fork(sequence) if is_prompt else []
+                    forks = self.scheduler.fork(sequence) if is_prompt and not sequence.alone else []
                     ready += [(row, s) for s in (sequence, *forks)]
                     for fork in forks:
                         self.runner.fork(sequence, fork)
             masks = [self._mask(s) for _, s in ready]
             kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
             if kept:
-                rows = sorted({ready[i][0] for i in kept})
-                logits = self.runner.logits(streams[rows])[[rows.index(ready[i][0]) for i in kept]]
+                rows = [ready[i][0] for i in kept]
+                once = list(dict.fromkeys(rows))  # forks share a row
+                logits = self.runner.logits(streams if len(once) == len(streams) else streams[once])
+                if len(once) < len(rows):
+                    logits = logits[[once.index(row) for row in rows]]
                 self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
+        except RankError:
+            raise  # nothing runs any more
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(batch))
-            for sequence in (*(s for s, _ in batch), *(s for _, s in ready)):
-                self._fail(sequence, error)
+            self._failed([*(s for s, _ in batch), *(s for _, s in ready)], error)
+
+    def _failed(self, sequences: list[Sequence], error: Exception) -> None:
+        """The model failed. One sequence fails by itself; of several each is computed again, alone, which shows whose
+        fault it was."""
+        logger.error("a step of %d sequences failed", len(sequences), exc_info=error)
+        left = [s for s in dict.fromkeys(sequences) if s.status is not Status.FINISHED]
+        if len(left) == 1:
+            self._fail(left[0], error)
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+                sequence.alone = False
+            return
+        for sequence in left:
+            sequence.alone = True
+            self.scheduler.preempt(sequence)
 
     def _speculate(self, speculator: Speculator, sequences: list[Sequence]) -> None:
         """Draft for decoding sequences, and take of each draft what the model draws too, and one token more."""
@@ -310,10 +342,10 @@ class Engine:
             if drafts:
                 self._verify(speculator, drafts)
                 speculator.clock(drafts)
+        except RankError:
+            raise
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(sequences))
-            for sequence in sequences:
-                self._fail(sequence, error)
+            self._failed(sequences, error)
 
     @torch.inference_mode()
     def _verify(self, speculator: Speculator, drafts: list[Draft]) -> None:
@@ -397,6 +429,10 @@ class Engine:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, params.stops, params.skip_special_tokens)
+
+
+def _nothing() -> None:
+    """No one is told."""
 
 
 def _agreeing(draws: list[Draw], tokens: list[int]) -> int:

@@ -25,6 +25,8 @@ def fingerprint(model: Transformer) -> str:
     isa = "" if (lib := native.library()) is None else lib.upwell_isa().decode()
     about = (model.config, model.numerics, model.dtype, model.device.type, upwell.__version__, torch.__version__, isa)
     told.update(repr(about).encode())
+    if model.pages is not None:
+        told.update(model.pages.identity().encode())
     whole = sum(tensor.nbytes for _, tensor in _weights(model)) <= _WHOLE
     for name, tensor in _weights(model):
         told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -40,6 +42,10 @@ def _weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, module in model.named_modules():
+        away = getattr(module, "away", None)
+        module = module if away is None else away.experts
+        if away is not None:
+            yield from ((f"{name}.{key}", tensor) for key, tensor in module.state_dict().items())
         for e, expert in enumerate(getattr(module, "packed", None) or []):
             for key in sorted(expert):
                 for k, tensor in enumerate(expert[key]):

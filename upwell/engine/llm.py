@@ -12,7 +12,7 @@ import torch
 
 from upwell.chat.encoding import Thinking, encode_messages
 from upwell.config import Numerics
-from upwell.devices import resolve_device
+from upwell.devices.control import Lead
 from upwell.engine.engine import Engine, EngineOptions
 from upwell.engine.outputs import Delta, RequestOutput
 from upwell.engine.params import SamplingParams, TokenMask
@@ -38,9 +38,18 @@ def nano_path() -> Path:
 class LLM:
     """A V4 checkpoint ready to generate. No path: the embedded upwell-nano.
 
+    offload "experts=host" leaves the routed experts in host memory, computed there; "experts=disk" pages them in, with
+    at most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
     dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
     `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
+
+    tp, ep: so many processes, each with a part of the model (docs/parallel.md): tp splits heads and inner widths, ep
+    leaves experts whole and sends tokens to them. `expert_load` is a file: experts are placed by the load it tells, and
+    what this run counts is added to it at `close()`; `redundant_experts` more places of each layer are for hot ones.
+    Where torchrun has started this process as another rank, this doesn't return: it serves rank 0, then exits.
     """
+
+    lead: Lead | None = None  # rank 0's line to the others, where the model is shared
 
     def __init__(
         self,
@@ -48,16 +57,35 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         numerics: Numerics = "exact",
+        tp: int = 1,
+        ep: int = 1,
+        expert_load: str | Path | None = None,
+        redundant_experts: int = 0,
+        offload: str | None = None,
+        expert_memory: str | int | None = None,
+        expert_usage: str | Path | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        from upwell.checkpoint import load_model
+        from upwell.checkpoint.offload import parse_offload
+        from upwell.engine import sharing
 
-        on = resolve_device(device)
+        away = parse_offload(offload, expert_memory, expert_usage)
+        if away is not None and options.get("graphs"):
+            raise InputError("graphs and offload don't go together", "a graph can't hold what the host computes")
+
+        sharing.follow_if_told()
         where = nano_path() if path is None else Path(path)
         if path is None and dtype is None:
             dtype = torch.float32  # small enough, and what the CPU kernels compute in
-        model = load_model(where, dtype=dtype, device=on, numerics=numerics)
-        self._start(model, Tokenizer.from_directory(where), options)
+        load = None if expert_load is None else Path(expert_load)
+        shared = sharing.open_model(where, device, dtype, numerics, tp, ep, load, redundant_experts, away)
+        try:
+            self._start(shared.model, Tokenizer.from_directory(where), options)
+        except BaseException:
+            shared.close()
+            raise
+        self.lead = shared.lead
+        self.engine.at_close.append(shared.close)
 
     @classmethod
     def from_model(
@@ -67,6 +95,10 @@ class LLM:
         llm = cls.__new__(cls)
         llm._start(model, tokenizer, options)
         return llm
+
+    def close(self) -> None:
+        """Finish what is written to disk, and end the other ranks. The LLM isn't used after it."""
+        self.engine.close()
 
     def _start(self, model: Transformer, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
         self.model = model.eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 from upwell.config import BLOCK_TOKENS
 from upwell.engine.graphs import DecodeGraphs
 from upwell.engine.sequence import Sequence
-from upwell.model import KVCache, Step, Transformer
+from upwell.model import Step, Transformer
 from upwell.model.snapshot import copy_block, copy_slot
 
 
@@ -20,7 +20,7 @@ class Runner:
 
     def __init__(self, model: Transformer, blocks: int, slots: int, graphs: bool = False) -> None:
         self.model = model
-        self.cache = KVCache(model.config, blocks, slots, model.dtype, model.device)
+        self.cache = model.new_cache(blocks, slots)
         self.graphs = DecodeGraphs(model, self.cache) if graphs else None
         self.computes_ragged = model.computes_ragged
         self.reader: Callable[[Sequence, int, Tensor], None] | None = None  # is shown prompts' streams

@@ -12,6 +12,7 @@ the prompt is the same (n > 1), as a fork that shares the full blocks.
 from __future__ import annotations
 
 import bisect
+import time
 from dataclasses import dataclass, field
 
 from upwell.config import BLOCK_TOKENS
@@ -118,6 +119,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, table: list[int]) -> None:
         self.waiting.remove(sequence)
+        if sequence.request.scheduled_at is None:
+            sequence.request.scheduled_at = time.monotonic()
         (sequence.slot,) = self.slots.take(1)
         sequence.table, sequence.status = table, Status.PREFILL
         bisect.insort(self.running, sequence, key=lambda s: s.order)
@@ -146,7 +149,7 @@ class Scheduler:
         if need > self.blocks.free + sum(len(s.table) for s in lower) or not (self.slots.free or lower):
             return False
         while (need > self.blocks.free or not self.slots.free) and lower:
-            self._preempt(lower.pop())
+            self.preempt(lower.pop())
         return need <= self.blocks.free and self.slots.free > 0
 
     def _grow(self) -> None:
@@ -155,11 +158,12 @@ class Scheduler:
             if sequence.status is not Status.DECODE or blocks_for(len(sequence)) <= len(sequence.table):
                 continue
             while not self.blocks.free and sequence.status is Status.DECODE:
-                self._preempt(self.running[-1])
+                self.preempt(self.running[-1])
             if sequence.status is Status.DECODE:
                 sequence.table += self.blocks.take(1)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Give a running sequence's blocks up; it is computed again later."""
         self._evict(sequence)
         sequence.status = Status.WAITING
         self.add(sequence)

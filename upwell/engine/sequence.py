@@ -56,6 +56,7 @@ class Request:
     priority: int = 0
     timeout: float | None = None
     deadline: float | None = None  # by time.monotonic()
+    scheduled_at: float | None = None  # when its first completion left the queue, by time.monotonic()
 
 
 class Sequence:
@@ -71,6 +72,7 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.computed = 0
+        self.alone = False  # a step that it shared has failed: it is computed by itself, to see whose fault that was
         self.slot = -1
         self.table: list[int] = []
         self.restored: Tensor | None = None  # streams [1, h, D] after the last token, where no token had to be computed
@@ -117,8 +119,9 @@ class Sequence:
         """Take a drawn token, decide whether it is the last, and send what it adds."""
         self.output.append(token)
         self.counts[token] += 1
-        self.uniform()
-        self._uniforms.popleft()
+        if not self.params.is_greedy:
+            self.uniform()
+            self._uniforms.popleft()
         enough = len(self.output) >= self.params.min_tokens
         text = ""
         if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed

@@ -12,7 +12,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Dense [out, in] -> (INT8 [out, in], FP32 scale [out]); scale = amax / 127, a row of zeros has scale 1 / 127."""
     wide = weight.float()
     amax = wide.abs().amax(dim=-1)
-    scale = torch.where(amax > 0, amax, 1.0) / INT8_MAX
+    scale = torch.where(amax == 0, 1.0, amax) / INT8_MAX
     return torch.round(wide / scale.unsqueeze(-1)).clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 

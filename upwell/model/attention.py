@@ -15,7 +15,7 @@ from upwell.model.compressor import Compressor, fake_fp8_nope
 from upwell.model.indexer import Indexer
 from upwell.model.layers import Linear, RMSNorm, linears
 from upwell.ops import attention_native, linear_autograd
-from upwell.ops.attention import attend, attend_step
+from upwell.ops.attention import attend, attend_cached, attend_step
 from upwell.ops.indexer import select_step
 from upwell.ops.norm import rms_norm
 from upwell.ops.rope import apply_rope
@@ -161,25 +161,24 @@ class Attention(nn.Module):
         """
         slots, positions = step.decode.slots, step.decode.positions
         cache.window[slots, positions % self.window] = kv[:, 0]
-        keys = cache.window[slots]
-        valid = torch.arange(self.window, device=x.device)[None, :] <= positions[:, None]
-        if self.compressor is not None:
-            entries = self._append(self.compressor, x[:, 0], cache.tail, cache.entries, step, rope)
-            table, visible = step.decode.rows(self.ratio), step.decode.visible(self.ratio)
-            seen = torch.arange(table.shape[1], device=x.device)[None, :] < visible[:, None]
-            if self.indexer is not None:
-                self._append(self.indexer.compressor, x[:, 0], cache.index_tail, cache.index_keys, step, rope)
-                if table.shape[1] > self.indexer.topk:
-                    assert cache.index_keys is not None
-                    queries, weights = self.indexer.queries(x, q_latent, rope.cos, rope.sin)
-                    picks = select_step(
-                        queries, weights, cache.index_keys, step.decode.tables, table, visible, self.indexer.topk
-                    )
-                    seen = picks >= 0
-                    table = table.gather(1, picks.clamp(min=0))
-            keys = torch.cat((keys, entries[table]), dim=1)
-            valid = torch.cat((valid, seen), dim=1)
-        return attend_step(q[:, 0], keys, valid, self.attn_sink).unsqueeze(1)
+        if self.compressor is None:
+            valid = torch.arange(self.window, device=x.device)[None, :] <= positions[:, None]
+            return attend_step(q[:, 0], cache.window[slots], valid, self.attn_sink).unsqueeze(1)
+        entries = self._append(self.compressor, x[:, 0], cache.tail, cache.entries, step, rope)
+        table, visible = step.decode.rows(self.ratio), step.decode.visible(self.ratio)
+        seen = torch.arange(table.shape[1], device=x.device)[None, :] < visible[:, None]
+        if self.indexer is not None:
+            self._append(self.indexer.compressor, x[:, 0], cache.index_tail, cache.index_keys, step, rope)
+            if table.shape[1] > self.indexer.topk:
+                assert cache.index_keys is not None
+                queries, weights = self.indexer.queries(x, q_latent, rope.cos, rope.sin)
+                picks = select_step(
+                    queries, weights, cache.index_keys, step.decode.tables, table, visible, self.indexer.topk
+                )
+                seen = picks >= 0
+                table = table.gather(1, picks.clamp(min=0))
+        rows = table.masked_fill(~seen, -1)
+        return attend_cached(q[:, 0], cache.window, slots, positions, entries, rows, self.attn_sink).unsqueeze(1)
 
     def _append(
         self, compressor: Compressor, x: Tensor, tail: Tail | None, pool: Tensor | None, step: Step, rope: Rope

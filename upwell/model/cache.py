@@ -10,13 +10,19 @@ them. In the rings they took the places of old tokens that are still needed: tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS, ModelConfig
+
+_LINE = 64  # bytes at which tensors begin, as torch's own do
 
 
 class Tail:
@@ -34,6 +40,16 @@ class Tail:
         return self.kv.shape[1]
 
 
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU their memory comes page by page as it is written, where torch.zeros would write it all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = prod(shape) * dtype.itemsize
+    raw = np.zeros(nbytes + _LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(shape)
+
+
 class LayerCache:
     """One layer's cache: window [slots, W, d]; where compressed, entries [blocks, 256/ratio, d] and a tail; in CSA
     also index_keys [blocks, 64, c] with a tail of their own."""
@@ -49,11 +65,11 @@ class LayerCache:
         if ratio:
             per_block = BLOCK_TOKENS // ratio
             overlap = 2 if ratio == config.csa_ratio else 1
-            self.entries = torch.zeros(blocks, per_block, config.head_dim, dtype=dtype, device=device)
+            self.entries = _untouched((blocks, per_block, config.head_dim), dtype, device)
             self.tail = Tail(slots, overlap * ratio, overlap * config.head_dim, device)
             if ratio == config.csa_ratio:
                 c = config.index_head_dim
-                self.index_keys = torch.zeros(blocks, per_block, c, dtype=dtype, device=device)
+                self.index_keys = _untouched((blocks, per_block, c), dtype, device)
                 self.index_tail = Tail(slots, 2 * ratio, 2 * c, device)
 
     def tensors(self) -> list[Tensor]:
@@ -74,6 +90,8 @@ class KVCache:
         self.layers = [LayerCache(config, r, blocks, slots, dtype, where) for r in config.compress_ratios]
         self.mtp = [LayerCache(config, 0, 0, slots, dtype, where) for _ in range(config.num_nextn_predict_layers)]
         self._rings = self._stack_rings()
+        # What changes the cache outside a forward is told before it is done, so that other ranks do it too.
+        self.tell: Callable[[str, dict[str, Any], tuple[Tensor, ...]], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +100,7 @@ class KVCache:
     def save(self, slots: list[int], positions: list[int]) -> SavedRings:
         """What the rings hold where tokens at these positions of these slots (pairs) will go. As many positions of a
         slot as its shortest ring has places (2 * csa_ratio), at most."""
+        self.told("save", {"slots": slots, "positions": positions})
         at = torch.tensor(slots, device=self._rings[0].device), torch.tensor(positions, device=self._rings[0].device)
         return SavedRings(*at, [ring[:, at[0], at[1] % ring.shape[2]] for ring in self._rings])
 
@@ -89,9 +108,14 @@ class KVCache:
         """Put back the saved pairs numbered `which`."""
         if not which:
             return
+        self.told("restore", {"which": which})
         slots, positions = saved.slots[which], saved.positions[which]
         for ring, rows in zip(self._rings, saved.rows, strict=True):
             ring[:, slots, positions % ring.shape[2]] = rows[:, which]
+
+    def told(self, name: str, values: dict[str, Any], *tensors: Tensor) -> None:
+        if self.tell is not None:
+            self.tell(name, values, tensors)
 
     def _stack_rings(self) -> list[Tensor]:
         """Lay rings of one shape behind each other, [n, slots, ring, width], so that one call saves them all."""

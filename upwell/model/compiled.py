@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Iterator
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from upwell.config import BLOCK_TOKENS
 from upwell.model.cache import KVCache, LayerCache, Step
-from upwell.ops import native
+from upwell.model.offload import Callbacks
+from upwell.ops import experts_native, native
 from upwell.ops.linear import dense_weight
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
+_GUESSED = 8  # tokens of a call up to which it pays to guess which experts of a layer on disk come next
 _PANELS = 4
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
@@ -66,6 +69,7 @@ class Plan:
     kept: list[Any]
     of_layers: _Watch
     of_heads: _Watch
+    callbacks: list[Callbacks]  # of experts that are on disk: all layers', then each MTP block's
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -85,6 +89,7 @@ class _Builder:
         self.formats: set[int] = set()
         self.arena, self.used = torch.empty(0), 0
         self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
+        self.paged: list[Any] = []  # tables of layers whose experts are on disk
 
     def watch(self, module: nn.Module, name: str, copied: bool) -> Tensor:
         owner = module._parameters if name in module._parameters else module._buffers
@@ -138,7 +143,7 @@ class _Builder:
             cols *= 2
         at = None
         if kind >= 2:
-            if scale is None or (kind == 3 and cols % 32):
+            if scale is None or scale.is_floating_point() or (kind == 3 and cols % 32):  # INT4
                 raise _Unsupported("scale")
             at = self.address(scale.contiguous())
         return native.Matrix(self.address(weight), at, rows, cols, kind)
@@ -149,7 +154,8 @@ class _Builder:
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
         if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
-            return self.raw(dense_weight(weight, scale, torch.float32), None)
+            dense = dense_weight(weight, scale, torch.float32)
+            return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
@@ -167,8 +173,16 @@ class _Builder:
         routed = moe.experts
         if routed.quantize_input:
             raise _Unsupported("quantize_input")
-        if routed.packed is not None:
-            self.watched.append((routed.__dict__, "packed", routed.packed, -1))
+        if getattr(moe, "places", None) is not None:
+            return None  # computed by the rank that has them, between the kernels' calls
+        self.watched += [(routed.__dict__, name, getattr(routed, name), -1) for name in ("packed", "paged")]
+        if routed.paged is not None:
+            sizes = routed.hidden, routed.inter
+            if not experts_native.fits(routed.paged.pages.kind, *sizes):
+                raise _Unsupported("FP4's groups")
+            matrices += list(experts_native.table(routed.paged.pages.kind, routed.n, *sizes))
+            self.formats.add(matrices[0].format)
+        elif routed.packed is not None:
             for expert in routed.packed:
                 matrices += [self.matrix(*expert[name]) for name in ("w1", "w3", "w2")]
         else:
@@ -180,6 +194,8 @@ class _Builder:
         matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
         stored = (native.Matrix * len(matrices))(*matrices)
         self.kept.append(stored)
+        if routed.paged is not None:
+            self.paged.append(stored)
         return cast(stored, POINTER(native.Matrix))
 
     def head(self, shape: native.Model, owner: Any, out: native.Matrix) -> native.HeadCall:
@@ -240,7 +256,8 @@ def _dense_bytes(block: Any) -> int:
 
 
 def _make(model: Transformer) -> Plan | None:
-    c = model.config
+    c = model.local
+    is_part = c is not model.config
     weight = model.embed.weight
     if (
         weight.dtype != torch.float32 or weight.device.type != "cpu" or model.numerics != "exact"
@@ -254,7 +271,7 @@ def _make(model: Transformer) -> Plan | None:
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
         c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
-        c.moe_intermediate_size * c.n_shared_experts, c.hc_sinkhorn_iters, c.vocab_size, c.csa_ratio, 0,
+        blocks[0].ffn.shared_experts.w1.out_features, c.hc_sinkhorn_iters, model.head.out_features, c.csa_ratio, 0,
         c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
         build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
     )  # fmt: skip
@@ -266,9 +283,14 @@ def _make(model: Transformer) -> Plan | None:
         head, *mtp_heads = (build.head(shape, owner, out) for owner in (model, *model.mtp))
     except _Unsupported:
         return None
-    shape.by_tokens = int(build.formats == {_PANELS} and dense <= _CACHED_BYTES)
+    shape.by_tokens = int(not is_part and build.formats == {_PANELS} and dense <= _CACHED_BYTES)
     watches = _Watch(build.watched[:count]), _Watch(build.watched[count:])
-    return Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches)
+    callbacks = []
+    if model.pages is not None:
+        tables, n = build.paged, len(blocks)
+        callbacks = [Callbacks(model.pages, tables[:n], 0)]
+        callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
+    return Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches, callbacks)
 
 
 def _cache_layers(layers: list[LayerCache]) -> Any:
@@ -300,52 +322,91 @@ def _chunks(lengths: list[int]) -> list[list[tuple[int, int, int]]]:
     return [call for call in calls if call]
 
 
+@dataclass
+class Piece:
+    """Tokens that one call takes through the layers: `rows` of the flattened input, of these sequences."""
+
+    sequences: Any
+    tokens: int
+    rows: slice | Tensor
+    tables: list[Any]  # what the sequences point to
+
+
+def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
+    first_rows = step.first_rows(input_ids)
+    tables = [array("q", table) for table in step.tables]
+    for parts in _chunks(step.lengths):
+        sequences = (native.Sequence * len(parts))()
+        row, spans = 0, []
+        for at, (b, offset, count) in zip(sequences, parts, strict=True):
+            at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
+            at.table = tables[b].buffer_info()[0]
+            spans.append((first_rows[b] + offset, count))
+            row += count
+        first = spans[0][0]
+        joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))
+        rows = slice(first, first + row) if joined else torch.cat([torch.arange(a, a + n) for a, n in spans])
+        yield Piece(sequences, row, rows, tables)
+
+
+def structs(plan: Plan, cache: KVCache, mtp: int | None) -> tuple[Any, Any]:
+    """The layers and their caches, of the model or of MTP block `mtp`."""
+    caches = plan.caches.get(cache)
+    if caches is None:
+        caches = [_cache_layers(cache.layers), *(_cache_layers([layer]) for layer in cache.mtp)]
+        plan.caches[cache] = caches
+    return (plan.layers, caches[0]) if mtp is None else (plan.mtp[mtp], caches[1 + mtp])
+
+
+def takes(cache: KVCache) -> bool:
+    """The kernels extend this cache."""
+    window = cache.layers[0].window
+    return window.dtype == torch.float32 and window.device.type == "cpu"
+
+
 def run_layers(
-    plan: Plan, input_ids: Tensor, streams: Tensor, cache: KVCache, step: Step, mtp: int | None = None
-) -> bool:
+    plan: Plan, input_ids: Tensor, streams: Tensor, cache: KVCache, step: Step, mtp: int | None = None,
+    load: Tensor | None = None,
+) -> bool:  # fmt: skip
     """All layers (or MTP block `mtp`) on streams [B*S, h, D] in place, extending the cache.
 
-    False, and nothing done, where the kernels don't take this cache.
+    load [layers + MTP blocks, E]: tokens by expert, counted on. False, and nothing done, where the kernels don't take
+    this cache.
     """
-    if cache.layers[0].window.dtype != torch.float32 or cache.layers[0].window.device.type != "cpu":
+    if not takes(cache):
         return False
+    with plan.lock:
+        layers, caches = structs(plan, cache, mtp)
+        ids = input_ids.contiguous().view(-1)
+        counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
+        for piece in pieces(input_ids, step):
+            part, part_ids = streams[piece.rows], ids[piece.rows]
+            call = native.Call(
+                pointer(plan.model), layers, caches, len(layers), piece.sequences, len(piece.sequences), piece.tokens,
+                BLOCK_TOKENS, part_ids.data_ptr(), part.data_ptr(), load=counts,
+            )  # fmt: skip
+            run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
+            if not isinstance(piece.rows, slice):
+                streams[piece.rows] = part
+    return True
+
+
+def run(plan: Plan, call: native.Call, paged: Callbacks | None = None) -> None:
+    """One call, with the plan's workspace. paged: where experts are on disk."""
     lib = native.library()
     assert lib is not None
-    with plan.lock:
-        structs = plan.caches.get(cache)
-        if structs is None:
-            structs = [_cache_layers(cache.layers), *(_cache_layers([layer]) for layer in cache.mtp)]
-            plan.caches[cache] = structs
-        caches = structs[0] if mtp is None else structs[1 + mtp]
-        layers = plan.layers if mtp is None else plan.mtp[mtp]
-        first_rows = step.first_rows(input_ids)
-        ids = input_ids.contiguous().view(-1)
-        tables = [array("q", table) for table in step.tables]
-        threads = torch.get_num_threads()
-        lib.upwell_set_threads(threads)
-        for parts in _chunks(step.lengths):
-            sequences = (native.Sequence * len(parts))()
-            row, spans = 0, []
-            for at, (b, offset, count) in zip(sequences, parts, strict=True):
-                at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
-                at.table = tables[b].buffer_info()[0]
-                spans.append((first_rows[b] + offset, count))
-                row += count
-            first = spans[0][0]
-            joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))
-            rows = None if joined else torch.cat([torch.arange(a, a + n) for a, n in spans])
-            part = streams[first : first + row] if rows is None else streams[rows]
-            part_ids = ids[first : first + row] if rows is None else ids[rows]
-            call = native.Call(
-                pointer(plan.model), layers, caches, len(layers), sequences, len(parts), row, BLOCK_TOKENS,
-                part_ids.data_ptr(), part.data_ptr(),
-            )  # fmt: skip
-            at_call = ctypes.addressof(call)
-            call.workspace = plan.room(lib.upwell_workspace_bytes(at_call, threads))
-            lib.upwell_forward(at_call)
-            if rows is not None:
-                streams[rows] = part
-    return True
+    threads = torch.get_num_threads()
+    lib.upwell_set_threads(threads)
+    at_call = ctypes.addressof(call)
+    call.workspace = plan.room(lib.upwell_workspace_bytes(at_call, threads))
+    if paged is None:
+        lib.upwell_forward(at_call)
+        return
+    call.take = paged.take
+    if call.tokens <= _GUESSED:
+        call.expect = paged.expect
+    with paged.called():
+        lib.upwell_forward(at_call)
 
 
 def run_head(plan: Plan, streams: Tensor, vocab: int, mtp: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from upwell.config import ModelConfig, Numerics
 from upwell.model.cache import Step, Tail
 from upwell.model.layers import Linear, RMSNorm, linears
-from upwell.ops.compress import overlap_windows, pool_windows
+from upwell.ops.compress import pool, pool_ring
 from upwell.ops.fake_quant import fake_fp4, fake_fp8, hadamard
 from upwell.ops.rope import apply_rope, rope_angles
 
@@ -91,32 +91,24 @@ class Compressor(nn.Module):
         tail.kv[slots, at], tail.gate[slots, at] = kv, gate
         if not step.may_complete(self.ratio):
             return None
-        window = positions // self.ratio
-        first = (window * self.ratio).unsqueeze(1)
-        inside = torch.arange(self.ratio, device=x.device)
-        rows, at = slots.unsqueeze(1), (first + inside) % tail.ring
-        prior_kv = prior_gate = None
-        if self.overlap:
-            before = (first - self.ratio + inside) % tail.ring
-            prior_kv = tail.kv[rows, before][..., : self.dim]
-            none = (window == 0).view(-1, 1, 1)
-            prior_gate = tail.gate[rows, before][..., : self.dim].masked_fill(none, float("-inf"))
-        return self._pool(tail.kv[rows, at], tail.gate[rows, at], prior_kv, prior_gate, first, freqs, x.dtype)[:, 0]
+        pooled = pool_ring(tail.kv, tail.gate, slots, positions, self.ratio, self.dim)
+        first = (positions // self.ratio * self.ratio).unsqueeze(1)
+        return self._entries(pooled.unsqueeze(1), first, freqs, x.dtype)[:, 0]
 
     def _pool(
         self, kv: Tensor, gate: Tensor, prior_kv: Tensor | None, prior_gate: Tensor | None,
-        first: int | Tensor, freqs: Tensor, dtype: torch.dtype,
+        first: int, freqs: Tensor, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """Whole windows [B, n*m, coff*d] to entries [B, n, d]; the first is the window numbered `first`, or `first`
-        [B, 1] are the positions at which each sequence's one window begins."""
+        """Whole windows [B, n*m, coff*d], the first being the one numbered `first`, to entries [B, n, d]."""
         n = kv.shape[1] // self.ratio
         if n == 0:
             return kv.new_empty(kv.shape[0], 0, self.dim, dtype=dtype)
-        kv, gate = kv.unflatten(1, (n, self.ratio)), gate.unflatten(1, (n, self.ratio))
-        if self.overlap:
-            kv, gate = overlap_windows(kv, gate, prior_kv, prior_gate)
-        entries = self.norm(pool_windows(kv, gate)).to(dtype)
-        at = first if isinstance(first, Tensor) else torch.arange(first, first + n, device=kv.device) * self.ratio
+        pooled = pool(kv, gate, prior_kv, prior_gate, self.ratio, self.dim)
+        return self._entries(pooled, torch.arange(first, first + n, device=kv.device) * self.ratio, freqs, dtype)
+
+    def _entries(self, pooled: Tensor, at: Tensor, freqs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pooled windows [B, n, d] FP32 that begin at positions `at` [n] or [B, n] -> entries of `dtype`."""
+        entries = self.norm(pooled).to(dtype)
         cos, sin = rope_angles(at, freqs)
         entries = apply_rope(entries, cos, sin)
         if self.official:

@@ -37,8 +37,8 @@ class HyperConnection(nn.Module):
             return streams.enter(*settings)
         if torch.is_grad_enabled() and hc_autograd.usable(streams):
             return hc_autograd.enter(streams, *settings)
-        pre, post, comb = hc.mix(streams, *settings)
-        return hc.collapse(streams, pre), streams, post, comb
+        x, post, comb = hc.enter(streams, *settings)
+        return x, streams, post, comb
 
     @staticmethod
     def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Streams:

@@ -12,7 +12,7 @@ from upwell.ops.norm import rms_norm
 
 
 class Linear(nn.Module):
-    """y = W x. `weight` is dense [out, in], FP8 e4m3 [out, in] or packed FP4 [out, in/2], the last two with `scale`.
+    """y = W x. `weight` is dense [out, in], or in one of the formats of ops.linear.linear, with its `scale`.
 
     `quantize_input`: round the input to FP8 per 128 values first, as the official code does in front of quantized
     weights (numerics="official").
@@ -38,6 +38,10 @@ class Linear(nn.Module):
         """Hold the weight decoded too, for products of inputs of this dtype that are small and many."""
         packed = self.scale is not None
         self._decoded = self.dense(dtype).detach() if packed else None
+
+    def keep_decoded_once(self, dtype: torch.dtype) -> None:
+        if self._decoded is None:
+            self.keep_decoded(dtype)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         self._decoded = None

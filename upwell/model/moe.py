@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from upwell.config import ModelConfig
 from upwell.model.layers import Linear
+from upwell.model.offload import Expert, HostExperts, PagedLayer
 from upwell.ops import moe_native
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import linear
-from upwell.ops.moe import expert_hidden, grouped_experts, int8_experts, route, router_scores, swiglu
+from upwell.ops.moe import expert_hidden, grouped_experts, integer_experts, route, router_scores, swiglu
 
 
 class Gate(nn.Module):
@@ -33,54 +36,90 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 ones are
-    stacked with FP32 scales of their rows; packed ones stay as the checkpoint has them, one tensor an expert, mapped
-    from its file."""
+    """The routed experts. Dense weights are stacked (w13 [E, 2I, D], w2 [E, D, I]) and can be trained, INT8 and INT4
+    ones are stacked with their scales (ops.moe.integer_experts); FP8 and FP4 ones stay as the checkpoint has them, one
+    tensor an expert, mapped from its file, or paged in from it when they are chosen. `away`: they are computed on the
+    host (offload.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n, self.limit = config.n_routed_experts, config.swiglu_limit
-        inter, hidden = config.moe_intermediate_size, config.hidden_size
+        self.inter, self.hidden = inter, hidden = config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(self.n, 2 * inter, hidden))
         self.w2 = nn.Parameter(torch.empty(self.n, hidden, inter))
         self.w13_scale: Tensor | None
         self.w2_scale: Tensor | None
-        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D]
+        self.register_buffer("w13_scale", None)  # [E, 2I], [E, D], or by groups
         self.register_buffer("w2_scale", None)
-        self.packed: list[dict[str, tuple[Tensor, Tensor]]] | None = None  # expert -> w1|w2|w3 -> (weight, scale)
+        self.packed: list[Expert] | None = None
+        self.paged: PagedLayer | None = None
+        self.away: HostExperts | None = None
         self.quantize_input = False
 
-    def pack(self, packed: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
+    def pack(self, packed: list[Expert]) -> None:
         """Use packed weights: for each expert (weight, scale) of w1, w2, w3; drops the dense ones."""
         self.packed = packed
-        empty = torch.empty(0, device=packed[0]["w1"][0].device)  # the dense ones may be on the meta device
+        self._drop_dense(packed[0]["w1"][0].device)
+
+    def page(self, paged: PagedLayer) -> None:
+        """Use packed weights that come from disk."""
+        self.paged = paged
+        self._drop_dense(torch.device("cpu"))
+
+    def send_away(self, away: HostExperts, device: torch.device) -> None:
+        """Have them computed on the host, for a layer on `device`."""
+        self.away = away
+        self._drop_dense(device)
+
+    def _drop_dense(self, device: torch.device) -> None:
+        empty = torch.empty(0, device=device)  # the dense ones may be on the meta device
         self.w13, self.w2 = nn.Parameter(empty, False), nn.Parameter(empty.clone(), False)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.packed is None and self.paged is None and self.away is None
+
+    @property
+    def packed_kind(self) -> torch.dtype | None:
+        """The dtype of packed weights, FP8 or (FP4, two a byte) uint8; None for others."""
+        if self.paged is not None:
+            return self.paged.pages.kind
+        return None if self.packed is None else self.packed[0]["w1"][0].dtype
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [T, D], experts/weights [T, k] -> [T, D]: the weighted sum of each token's experts."""
+        if self.away is not None:
+            return self.away(x, experts, weights)
         if self.w13_scale is not None and self.w2_scale is not None:
-            return int8_experts(
+            return integer_experts(
                 x, experts, weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.limit
             )
-        if self.packed is None:
+        if self.is_dense:
             return grouped_experts(x, experts, weights, self.w13, self.w2, self.limit)
-        return self._packed(x, experts, weights, self.packed)
+        return self._packed(x, experts, weights)
 
-    def _packed(
-        self, x: Tensor, experts: Tensor, weights: Tensor, packed: list[dict[str, tuple[Tensor, Tensor]]]
-    ) -> Tensor:
+    def _packed(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         if self.quantize_input:
             x = fake_fp8(x, 128)
-        for e in experts.unique().tolist():
+        parts: dict[int, tuple[Tensor, Tensor]] = {}
+        for e, expert in self._chosen(experts.unique().tolist()):
             token, place = (experts == e).nonzero(as_tuple=True)
-            (w1, s1), (w3, s3), (w2, s2) = packed[e]["w1"], packed[e]["w3"], packed[e]["w2"]
+            (w1, s1), (w3, s3), (w2, s2) = expert["w1"], expert["w3"], expert["w2"]
             hidden = expert_hidden(x[token], w1, w3, self.limit, s1, s3) * weights[token, place, None]
             hidden = hidden.to(x.dtype)
             if self.quantize_input:
                 hidden = fake_fp8(hidden, 128)
-            out.index_add_(0, token, linear(hidden, w2, s2).float())
+            parts[e] = token, linear(hidden, w2, s2).float()
+        for e in sorted(parts):  # in one order, whichever expert was in memory first
+            out.index_add_(0, *parts[e])
         return out.to(x.dtype)
+
+    def _chosen(self, chosen: list[int]) -> Iterator[tuple[int, Expert]]:
+        if self.paged is not None:
+            return self.paged.visit(chosen)
+        assert self.packed is not None
+        return ((e, self.packed[e]) for e in chosen)
 
 
 class SharedExpert(nn.Module):
@@ -106,11 +145,14 @@ class MoE(nn.Module):
         self.gate = Gate(config, is_hash)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
+        self.load: Tensor | None = None  # [E] INT64: tokens that chose each expert, counted on where given
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
         experts, weights = self.gate(x, input_ids)
+        if self.load is not None:
+            self.load += torch.bincount(experts.flatten(), minlength=self.load.numel())
         routed, shared = self.experts, self.shared_experts
         dense = routed.w13, routed.w2, shared.w1.weight, shared.w3.weight, shared.w2.weight
-        if routed.packed is None and routed.limit == shared.limit and moe_native.usable(x, *dense):
+        if routed.is_dense and routed.limit == shared.limit and moe_native.usable(x, *dense):
             return moe_native.experts_with_shared(x, experts, weights, *dense[:2], dense[2:], routed.limit)
         return self.experts(x, experts, weights) + self.shared_experts(x)

@@ -23,6 +23,7 @@ def take_block(cache: KVCache, block: int, tokens: int = BLOCK_TOKENS) -> Tensor
 
 def put_block(cache: KVCache, block: int, data: Tensor, tokens: int = BLOCK_TOKENS) -> None:
     """Fill a block with what `take_block` took at as many tokens. Raises ValueError if it isn't that long."""
+    cache.told("put_block", {"block": block, "tokens": tokens}, data)
     _put(_in_block(cache, block, tokens), data)
 
 
@@ -33,11 +34,13 @@ def take_state(cache: KVCache, slot: int, position: int) -> Tensor:
 
 def put_state(cache: KVCache, slot: int, position: int, data: Tensor) -> None:
     """Fill a slot with what `take_state` took at the same position. Raises ValueError if it isn't that long."""
+    cache.told("put_state", {"slot": slot, "position": position}, data)
     _put(_in_slot(cache, slot, position), data)
 
 
 def copy_slot(cache: KVCache, source: int, target: int) -> None:
     """Copy a sequence's state from slot to slot, on the device."""
+    cache.told("copy_slot", {"source": source, "target": target})
     for layer in (*cache.layers, *cache.mtp):
         layer.window[target] = layer.window[source]
         for tail in (layer.tail, layer.index_tail):
@@ -47,6 +50,7 @@ def copy_slot(cache: KVCache, source: int, target: int) -> None:
 
 def copy_block(cache: KVCache, source: int, target: int) -> None:
     """Copy a block's entries to another block, on the device."""
+    cache.told("copy_block", {"source": source, "target": target})
     for layer in cache.layers:
         for pool in (layer.entries, layer.index_keys):
             if pool is not None:

@@ -5,16 +5,21 @@ Shapes: input_ids [B, S]; streams are kept flat, [B*S, h, D]; logits [B, S, V].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from upwell.config import ModelConfig, Numerics
+from upwell.errors import RankError
 from upwell.model import compiled
 from upwell.model.attention import Attention, Rope
 from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.hyper_connections import HyperConnection, HyperHead, Streams, settled
 from upwell.model.layers import Linear, RMSNorm
 from upwell.model.moe import MoE
+from upwell.model.offload import Pages, expect_hash_layers
 from upwell.ops.rope import inverse_frequencies, rope_angles
 
 
@@ -71,6 +76,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics = "exact") -> None:
         super().__init__()
         self.config, self.numerics = config, numerics
+        self.local = config  # the geometry of what is here of it
+        self.expert_load: Tensor | None = None  # [layers + MTP blocks, E] INT64, where counted
+        self.pages: Pages | None = None  # where experts are paged in from disk
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, ratio, config.is_hash_layer(i), numerics)
@@ -87,6 +95,21 @@ class Transformer(nn.Module):
         self.register_buffer(
             "compress_freqs", inverse_frequencies(r, config.compress_rope_theta, config.yarn), persistent=False
         )
+
+    def on_failure(self, listener: Callable[[RankError], None]) -> None:
+        """Tell a listener when another process that has a part of this model is gone (model/parallel.py)."""
+
+    def new_cache(self, blocks: int, slots: int) -> KVCache:
+        """An empty cache for this model."""
+        return KVCache(self.config, blocks, slots, self.dtype, self.device)
+
+    def count_experts(self) -> Tensor:
+        """From now on, count how many tokens choose each expert: [layers + MTP blocks, E], at 0."""
+        blocks: list[Any] = [*self.layers, *self.mtp]
+        self.expert_load = torch.zeros(len(blocks), self.config.n_routed_experts, dtype=torch.long, device=self.device)
+        for block, row in zip(blocks, self.expert_load, strict=True):
+            block.ffn.load = row
+        return self.expert_load
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,10 +129,12 @@ class Transformer(nn.Module):
 
         A ragged step's input [1, T] gives [T, h, D].
         """
+        if self.pages is not None:
+            expect_hash_layers(self, self.pages, input_ids)
         embedded = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
             own = embedded.contiguous()
-            if compiled.run_layers(plan, input_ids, own, cache, step):
+            if compiled.run_layers(plan, input_ids, own, cache, step, load=self.expert_load):
                 return own
         if step is not None and step.is_ragged(input_ids):
             parts = input_ids[0].split(step.lengths)
@@ -132,7 +157,7 @@ class Transformer(nn.Module):
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""
         if (plan := compiled.plan(self, heads=True)) is not None:
-            return compiled.run_head(plan, streams, self.config.vocab_size)
+            return compiled.run_head(plan, streams, self.head.out_features)
         return self._head(self.norm(self.hc_head(streams)))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -152,7 +177,7 @@ class Transformer(nn.Module):
     def draft_logits(self, streams: Tensor, depth: int = 0) -> Tensor:
         """An MTP block's streams [T, h, D] -> logits [T, V], FP32."""
         if (plan := compiled.plan(self, heads=True)) is not None:
-            return compiled.run_head(plan, streams, self.config.vocab_size, mtp=depth)
+            return compiled.run_head(plan, streams, self.head.out_features, mtp=depth)
         block = self._mtp_block(depth)
         return self._head(block.norm(block.hc_head(streams)))
 
@@ -164,7 +189,7 @@ class Transformer(nn.Module):
         joined = block.join(self.embed(next_ids).flatten(0, 1), streams)
         if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
             out = joined.contiguous()
-            if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth):
+            if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth, load=self.expert_load):
                 return out
         plain, _ = self._ropes(next_ids, step)
         return settled(block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step))

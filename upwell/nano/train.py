@@ -2,7 +2,7 @@
 
     python -m upwell.nano.train --out runs/nano            # resumes by itself from the last checkpoint there
 
-One process a core (gloo), each with its own stream of examples; Muon and AdamW; BF16 products, FP32 elsewhere; the
+One process a core (gloo), each with its own stream of examples; Muon and AdamW; FP32, by the training kernels; the
 router's bias balances load without a loss; towards the end the forward pass sees FP4 and FP8 weights.
 """
 
@@ -121,8 +121,7 @@ def validate(model: Transformer, held_out: list[Batch], end_id: int) -> dict[str
     """Loss a plan token, and the share of plans right in every token (teacher forced)."""
     loss = tokens = plans = right = 0.0
     for batch in held_out:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, targets = plan_logits(model, batch)
+        logits, targets = plan_logits(model, batch)
         loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         tokens += targets.numel()
         wrong = (logits.argmax(-1) != targets).int()
@@ -206,8 +205,7 @@ def train(rank: int, recipe: Recipe, out: Path, init: Path | None) -> None:
 
 def _backward(model: Transformer, batch: Batch, formats: dict[str, str]) -> float:
     with quantized(model, formats):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, targets = plan_logits(model, batch)
+        logits, targets = plan_logits(model, batch)
         loss = F.cross_entropy(logits, targets)
         loss.backward()
     return float(loss.detach())

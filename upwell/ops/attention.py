@@ -101,6 +101,20 @@ def attend_step(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> Tensor:
     return torch.matmul(probs.to(q.dtype), keys)
 
 
+def attend_cached(
+    q: Tensor, window: Tensor, slots: Tensor, positions: Tensor, pool: Tensor, rows: Tensor, sink: Tensor
+) -> Tensor:
+    """attend_step from the cache itself: rings window [slots, W, d] at slots [B], whose place n holds a token iff
+    n <= position, and the rows [B, K] of pool [R, d], -1 for none. q [B, H, d] -> [B, H, d]."""
+    if (kernels := npu.fused(q)) is not None:
+        out = kernels.attend_cached(q, window, slots, positions, pool, rows, sink)
+        if out is not None:
+            return out
+    valid = torch.arange(window.shape[1], device=q.device)[None, :] <= positions[:, None]
+    keys = torch.cat((window[slots], pool[rows.clamp(min=0)]), dim=1)
+    return attend_step(q, keys, torch.cat((valid, rows >= 0), dim=1), sink)
+
+
 def gather_entries(entries: Tensor, picks: Tensor) -> Tensor:
     """entries [B, N, d] at picks [B, S, K] (all >= 0) -> [B, S, K, d]."""
     batch, steps, k = picks.shape

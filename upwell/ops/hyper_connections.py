@@ -1,6 +1,7 @@
 """Manifold-constrained hyper-connections (mHC, paper section 2.2): how h residual streams feed and take a sublayer.
 
-`mix` derives the three weights from the streams, `collapse` makes the sublayer's input, `expand` takes its output.
+`mix` derives the three weights from the streams, `collapse` makes the sublayer's input (`enter` is both), `expand`
+takes its output.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from upwell.ops import npu
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -48,6 +51,18 @@ def mix(
     return pre, post, comb.permute(2, 0, 1)
 
 
+def enter(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sublayer's input [T, D], and for `expand` post [T, h] and comb [T, h, h]. Arguments as of `mix`."""
+    if (kernels := npu.fused(streams)) is not None:
+        entered = kernels.enter_streams(streams, fn, base, scale, iterations, eps, norm_eps)
+        if entered is not None:
+            return entered
+    pre, post, comb = mix(streams, fn, base, scale, iterations, eps, norm_eps)
+    return collapse(streams, pre), post, comb
+
+
 def head_mix(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
     """The final head's weights from streams [T, h, D]: pre [T, h], FP32. fn [h, hD], base [h], scale [1]."""
     return torch.sigmoid(stream_logits(streams, fn, norm_eps) * scale.float() + base.float()) + eps
@@ -60,6 +75,10 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
 
 def expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """X'_j = post_j y + sum_i comb[i, j] X_i: streams [T, h, D], output [T, D] -> [T, h, D] in the streams' dtype."""
+    if (kernels := npu.fused(streams)) is not None:
+        expanded = kernels.expand_streams(streams, output, post, comb)
+        if expanded is not None:
+            return expanded
     mixed = torch.baddbmm(
         post.unsqueeze(-1) * output.float().unsqueeze(1), comb.transpose(1, 2), streams.float()
     )

@@ -8,22 +8,24 @@ from torch import Tensor
 
 from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8
+from upwell.formats.int4 import dequantize_int4, unpack_int4
 from upwell.formats.int8 import dequantize_int8
 from upwell.ops import linear_autograd, npu
 
 FP8 = torch.float8_e4m3fn
-PACKED_FP4 = torch.uint8
+PACKED = torch.uint8  # FP4 beside scales that are bytes, UE8M0; INT4 beside floating-point ones
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., in] @ weight^T -> [..., out] in x's dtype.
 
     weight: dense [out, in]; FP8 e4m3 [out, in] with scale [ceil(out/128), ceil(in/128)]; FP4 packed two a byte,
-    uint8 [out, in/2], with scale [out, in/32], both scales UE8M0 bytes; or INT8 [out, in] with scale FP32 [out].
+    uint8 [out, in/2], with scale [out, in/32], both scales UE8M0 bytes; INT8 [out, in] with scale FP32 [out] (W8A8);
+    or INT4 packed two a byte, uint8 [out, in/2], with scale FP32 [out] (W4A8) or BF16 [out, in/group]
+    (W4A16).
     """
-    if weight.dtype == torch.int8:
-        assert scale is not None
-        return int8_linear(x, weight, scale)
+    if scale is not None and scale.is_floating_point():
+        return integer_linear(x, weight, scale)
     dense = dense_weight(weight, scale, x.dtype)
     return linear_autograd.linear(x, dense) if linear_autograd.usable(x, dense) else F.linear(x, dense)
 
@@ -33,13 +35,25 @@ def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
     if weight.dtype == FP8:
         assert scale is not None
         return dequantize_fp8(weight, scale, dtype)
-    if weight.dtype == PACKED_FP4:
+    if weight.dtype == PACKED:
         assert scale is not None
-        return dequantize_fp4(weight, scale, dtype)
+        decode = dequantize_int4 if scale.is_floating_point() else dequantize_fp4
+        return decode(weight, scale, dtype)
     if weight.dtype == torch.int8:
         assert scale is not None
         return dequantize_int8(weight, scale, dtype)
     return weight.to(dtype)
+
+
+def integer_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`linear` for INT8 and INT4 weights. Where scales are one a row, x is rounded too (W8A8, W4A8)."""
+    if weight.dtype == torch.int8:
+        return int8_linear(x, weight, scale)
+    if (kernels := npu.fused(x)) is not None and (out := kernels.int4_linear(x, weight, scale)) is not None:
+        return out
+    if scale.dim() == 1:
+        return int8_linear(x, unpack_int4(weight), scale)
+    return F.linear(x, dequantize_int4(weight, scale, x.dtype))
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

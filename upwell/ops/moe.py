@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upwell.formats.int4 import dequantize_int4, unpack_int4
 from upwell.ops import gradients, moe_autograd, npu
-from upwell.ops.linear import int8_linear, linear, round_to_int8
+from upwell.ops.linear import integer_linear, linear, round_to_int8
 from upwell.ops.topk import stable_topk
 
 _FEW_TOKENS = 64  # a decode step's
@@ -69,23 +70,24 @@ def grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2
     return _by_expert(x, experts, weights, w13.shape[0], up, down, limit)
 
 
-def int8_experts(
+def integer_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, limit: float
 ) -> Tensor:
-    """grouped_experts in W8A8: w13, w2 INT8 with FP32 scales s13 [E, 2I] and s2 [E, D] of their rows; what goes into
-    each product is rounded by token (ops.linear.int8_linear)."""
+    """grouped_experts with integer weights: INT8 w13 [E, 2I, D], w2 [E, D, I], or INT4, packed uint8 with half the last
+    axis; FP32 scales s13 [E, 2I], s2 [E, D], then what goes into a product is rounded by token (W8A8, W4A8), or BF16
+    ones of groups, [E, 2I, D/group], [E, D, I/group] (W4A16), as ops.linear has it."""
     if (kernels := npu.fused(x)) is not None:
-        out = kernels.int8_experts(x, experts, weights, w13, s13, w2, s2, limit)
+        out = kernels.integer_experts(x, experts, weights, w13, s13, w2, s2, limit)
         if out is not None:
             return out
     if x.device.type != "cpu" and x.shape[0] <= _FEW_TOKENS:
         return gathered_experts(x, experts, weights, w13, w2, limit, s13, s2)
 
     def up(rows: Tensor, e: int) -> Tensor:
-        return int8_linear(rows, w13[e], s13[e])
+        return integer_linear(rows, w13[e], s13[e])
 
     def down(rows: Tensor, e: int) -> Tensor:
-        return int8_linear(rows, w2[e], s2[e])
+        return integer_linear(rows, w2[e], s2[e])
 
     return _by_expert(x, experts, weights, w13.shape[0], up, down, limit)
 
@@ -116,7 +118,7 @@ def gathered_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float,
     s13: Tensor | None = None, s2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """grouped_experts (or int8_experts, with scales) for few tokens: each (token, expert) pair reads its expert's
+    """grouped_experts (or integer_experts, with scales) for few tokens: each (token, expert) pair reads its expert's
     weights, so no shape depends on the routing and the host learns nothing of it, which a captured step needs."""
     tokens, k = experts.shape
     rows = x.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, -1)
@@ -134,8 +136,19 @@ def gathered_experts(
 
 def _of_pairs(rows: Tensor, weights: Tensor, scales: Tensor | None, picks: Tensor) -> Tensor:
     """Each row by its own expert's weight: rows [P, 1, in], weights [E, out, in], picks [P] -> [P, 1, out]."""
+    if scales is not None and weights.dtype == torch.uint8 and (kernels := npu.fused(rows)) is not None:
+        by_row = scales.dim() == 2
+        wide, step = round_to_int8(rows) if by_row else (rows, None)
+        out = kernels.int4_products(wide.squeeze(1), weights, scales, picks, step, rows.dtype)
+        if out is not None:
+            return out.unsqueeze(1)
+    picked = weights[picks]
     if scales is None:
-        return torch.bmm(rows, weights[picks].transpose(1, 2))
+        return torch.bmm(rows, picked.transpose(1, 2))
+    if scales.dim() == 3:
+        dense = dequantize_int4(picked.flatten(0, 1), scales[picks].flatten(0, 1), rows.dtype)
+        return torch.bmm(rows, dense.view(*picked.shape[:2], -1).transpose(1, 2))
     quantized, per_token = round_to_int8(rows)
-    product = torch.bmm(quantized, weights[picks].float().transpose(1, 2))
+    codes = unpack_int4(picked) if picked.dtype == torch.uint8 else picked
+    product = torch.bmm(quantized, codes.float().transpose(1, 2))
     return (product * per_token * scales[picks].unsqueeze(1)).to(rows.dtype)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
+from enum import IntFlag
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -70,13 +71,36 @@ class Sequence(ctypes.Structure):
     _fields_ = [("slot", c_int64), ("start", c_int64), ("length", c_int64), ("row", c_int64), ("table", c_void_p)]
 
 
+TAKE = ctypes.CFUNCTYPE(c_int64, c_int64, c_int64, POINTER(c_int32), c_int64)
+EXPECT = ctypes.CFUNCTYPE(None, c_int64, POINTER(c_int32), c_int64)
+
+
 class Call(ctypes.Structure):
     _fields_ = [
         ("model", POINTER(Model)), ("layers", POINTER(Layer)), ("caches", POINTER(LayerCache)),
         ("layer_count", c_int64), ("sequences", POINTER(Sequence)), ("sequence_count", c_int64), ("tokens", c_int64),
         ("block_tokens", c_int64), ("ids", c_void_p), ("streams", c_void_p), ("workspace", c_void_p),
-        ("workspace_floats", c_int64), ("picks", c_void_p),
+        ("workspace_floats", c_int64), ("picks", c_void_p), ("take", TAKE), ("expect", EXPECT),
+        ("load", c_void_p), ("parts", c_int64), *((name, c_void_p) for name in ("x", "y", "post", "comb")),
     ]  # fmt: skip
+
+
+class ExpertsCall(ctypes.Structure):
+    _fields_ = [
+        ("model", POINTER(Model)), ("experts", POINTER(Matrix)), ("layer", c_int64), ("tokens", c_int64),
+        *((name, c_void_p) for name in ("x", "route", "route_weights", "y", "workspace")), ("take", TAKE),
+    ]  # fmt: skip
+
+
+class Parts(IntFlag):
+    """What a call does of each layer (csrc/layout.h)."""
+
+    ENTER_ATTENTION = 1
+    ATTENTION = 2
+    LEAVE_ATTENTION = 4
+    ENTER_EXPERTS = 8
+    EXPERTS = 16
+    LEAVE_EXPERTS = 32
 
 
 class HeadCall(ctypes.Structure):
@@ -106,6 +130,7 @@ def _loaded() -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(paths[0]))
     except OSError:  # built for another machine
         return None
+    _check_structs(lib)
     lib.upwell_isa.restype = c_char_p
     lib.upwell_set_isa.argtypes = [c_char_p]
     for name in ("upwell_workspace_bytes", "upwell_head_workspace_bytes"):
@@ -119,6 +144,9 @@ def _loaded() -> ctypes.CDLL | None:
     lib.upwell_product.argtypes, lib.upwell_product.restype = [c_void_p], None
     lib.upwell_product_workspace_bytes.argtypes = [c_int64, c_int]
     lib.upwell_product_workspace_bytes.restype = c_int64
+    lib.upwell_experts.argtypes, lib.upwell_experts.restype = [c_void_p], None
+    lib.upwell_experts_workspace_bytes.argtypes = [c_void_p, c_int64, c_int]
+    lib.upwell_experts_workspace_bytes.restype = c_int64
     lib.upwell_read.argtypes, lib.upwell_read.restype = [c_void_p, c_int64], c_uint64
     _share_openmp(lib)
     if wish and lib.upwell_set_isa(wish.encode()) != 0:
@@ -127,6 +155,13 @@ def _loaded() -> ctypes.CDLL | None:
             f"use off or one of {', '.join(ISAS)} that the CPU supports, or unset it",
         )
     return lib
+
+
+def _check_structs(lib: ctypes.CDLL) -> None:
+    """A library of other sources would read our structs wrongly."""
+    ours = sum(ctypes.sizeof(struct) for struct in (Call, Layer, Model))
+    if not hasattr(lib, "upwell_struct_bytes") or lib.upwell_struct_bytes() != ours:
+        raise UpwellError("the CPU kernels here were built from other sources", "install Upwell again")
 
 
 def _share_openmp(lib: ctypes.CDLL) -> None:

@@ -14,7 +14,7 @@ from upwell.chat.parsing import Content, Event, Reasoning, ToolCall
 from upwell.errors import UpwellError
 from upwell.server.anthropic_schemas import CountRequest, MessagesRequest
 from upwell.server.errors import error_object
-from upwell.server.record import RequestRecord
+from upwell.server.record import RequestRecord, each
 from upwell.server.responders import Piece, Reply
 from upwell.server.service import Service, stream, whole
 from upwell.server.wire import JSON, event
@@ -53,7 +53,7 @@ class _Message:
     async def whole(self) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
         ended: Piece | None = None
-        async for piece in self.record.count(self.reply):
+        async for piece in each(self.record.count(self.reply)):
             for part in piece.events:
                 if isinstance(part, ToolCall):
                     blocks.append(self._start(part) | {"input": json.loads(part.arguments)})
@@ -76,7 +76,7 @@ class _Message:
         index, open_kind = -1, None  # of the block under way
         ended: Piece | None = None
         try:
-            async for piece in self.record.count(self.reply):
+            async for piece in each(self.record.count(self.reply)):
                 for part in piece.events:
                     if type(part) is not open_kind or isinstance(part, ToolCall):
                         if open_kind is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from upwell.engine.stats import EngineStats
 from upwell.server.record import RequestRecord
@@ -30,7 +33,12 @@ class Metrics:
             return labelled
 
         self._first = histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", _LONG)
-        self._between = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a choice.", _SHORT)
+        self._between = _Intervals("vllm:inter_token_latency_seconds", "Between two tokens of a choice.", self._labels)
+        self._registry.register(self._between)
+        self._queue = histogram("vllm:request_queue_time_seconds", "A request's time in the queue.", _LONG)
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "From the queue to the first token.", _LONG)
+        self._decode = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", _LONG)
+        self._inference = histogram("vllm:request_inference_time_seconds", "From the queue to the last token.", _LONG)
         self._per_token = histogram(
             "vllm:request_time_per_output_token_seconds", "A request's time after its first token, by token.", _SHORT
         )
@@ -66,12 +74,38 @@ class Metrics:
         self._whole.observe(record.latency)
         self._prompt.observe(record.prompt_tokens)
         self._output.observe(record.completion_tokens)
+        self._decode.observe(after)
+        if record.scheduled is not None:
+            self._queue.observe(record.scheduled - record.started)
+            self._prefill.observe(record.first_token - record.scheduled)
+            self._inference.observe(record.first_token + after - record.scheduled)
         if record.completion_tokens > 1:
             self._per_token.observe(after / (record.completion_tokens - 1))
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
+
+
+class _Intervals(Collector):
+    """A histogram for what happens with every token: a fraction of the time that the client's own takes. For one
+    thread."""
+
+    def __init__(self, name: str, help: str, labels: dict[str, str]) -> None:
+        self._name, self._help, self._labels = name, help, labels
+        self._counts = [0] * (len(_SHORT) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(_SHORT, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._help, labels=list(self._labels))
+        ends = [*(floatToGoString(bound) for bound in _SHORT), "+Inf"]
+        buckets = list(zip(ends, accumulate(self._counts), strict=True))
+        family.add_metric(list(self._labels.values()), buckets, self._sum)
+        yield family
 
 
 class _EngineFigures(Collector):

@@ -18,7 +18,7 @@ from upwell.server.openai_schemas import ChatRequest
 from upwell.server.record import RequestRecord
 from upwell.server.responders import Piece, Reply
 from upwell.server.service import Service, stream, whole
-from upwell.server.wire import JSON, event
+from upwell.server.wire import JSON, TextEvents, event
 
 DONE = b"data: [DONE]\n\n"
 
@@ -45,29 +45,33 @@ class _Completion:
         self.body, self.reply, self.service, self.record = body, reply, service, record
         self.id = f"chatcmpl-{record.id}"
         self.created = int(time.time())
+        self._texts: dict[int, TextEvents] = {}
 
     async def whole(self) -> dict[str, Any]:
         """The finished answer. Raises what generation raised."""
         choices = {index: self._empty_choice(index) for index in range(self.body.n or 1)}
-        async for piece in self.record.count(self.reply):
-            choice = choices[piece.index]
-            message = choice["message"]
-            for part in piece.events:
-                if isinstance(part, Reasoning):
-                    message["reasoning_content"] = message.get("reasoning_content", "") + part.text
-                elif isinstance(part, Content):
-                    message["content"] += part.text
-                else:
-                    message.setdefault("tool_calls", []).append(_tool_call(part))
-            if choice["logprobs"] is not None:
-                choice["logprobs"]["content"] += logprob_entries(piece.logprobs, self.service)
-            if piece.finish_reason is not None:
-                called = "tool_calls" in message
-                choice["finish_reason"] = finish_reason(piece.finish_reason, called)
-                choice["stop_reason"] = piece.stop
-                if called and not message["content"]:
-                    message["content"] = None
+        async for pieces in self.record.count(self.reply):
+            for piece in pieces:
+                self._add(piece, choices[piece.index])
         return self._frame("chat.completion", list(choices.values())) | {"usage": self._usage()}
+
+    def _add(self, piece: Piece, choice: dict[str, Any]) -> None:
+        message = choice["message"]
+        for part in piece.events:
+            if isinstance(part, Reasoning):
+                message["reasoning_content"] = message.get("reasoning_content", "") + part.text
+            elif isinstance(part, Content):
+                message["content"] += part.text
+            else:
+                message.setdefault("tool_calls", []).append(_tool_call(part))
+        if choice["logprobs"] is not None:
+            choice["logprobs"]["content"] += logprob_entries(piece.logprobs, self.service)
+        if piece.finish_reason is not None:
+            called = "tool_calls" in message
+            choice["finish_reason"] = finish_reason(piece.finish_reason, called)
+            choice["stop_reason"] = piece.stop
+            if called and not message["content"]:
+                message["content"] = None
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, the last one [DONE]. An error on the way is an event of its own."""
@@ -75,16 +79,27 @@ class _Completion:
         called: set[int] = set()
         options = self.body.stream_options
         try:
-            async for piece in self.record.count(self.reply):
-                for choice in self._chunk_choices(piece, started, called):
-                    usage = self._usage() if options is not None and options.continuous_usage_stats else None
-                    yield self._event([choice], usage)
+            async for pieces in self.record.count(self.reply):
+                yield b"".join(part for piece in pieces for part in self._piece_events(piece, started, called))
             if options is not None and options.include_usage:
                 yield self._event([], self._usage())
         except UpwellError as error:
             self.record.finish_reasons.append("error")
             yield event(error_object(error))
         yield DONE
+
+    def _piece_events(self, piece: Piece, started: set[int], called: set[int]) -> list[bytes]:
+        running = self.body.stream_options is not None and self.body.stream_options.continuous_usage_stats
+        plain = piece.index in started and piece.finish_reason is None and not piece.logprobs and not running
+        if plain and all(isinstance(part, Content) for part in piece.events):  # most of them
+            return [self._text_event(piece.index)(part.text) for part in piece.events if isinstance(part, Content)]
+        usage = self._usage() if running else None
+        return [self._event([choice], usage) for choice in self._chunk_choices(piece, started, called)]
+
+    def _text_event(self, index: int) -> TextEvents:
+        if index not in self._texts:
+            self._texts[index] = TextEvents(lambda text: self._chunk([_choice(index, {"content": text})]))
+        return self._texts[index]
 
     def _chunk_choices(self, piece: Piece, started: set[int], called: set[int]) -> list[dict[str, Any]]:
         deltas = [_delta(part) for part in piece.events]
@@ -94,25 +109,22 @@ class _Completion:
         if any(isinstance(part, ToolCall) for part in piece.events):
             called.add(piece.index)
 
-        def choice(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-        choices = [choice(delta) for delta in deltas]
+        choices = [_choice(piece.index, delta) for delta in deltas]
         if piece.finish_reason is not None:
-            last = choice({}, finish_reason(piece.finish_reason, piece.index in called))
+            last = _choice(piece.index, {}, finish_reason(piece.finish_reason, piece.index in called))
             choices.append(last | {"stop_reason": piece.stop})
         if piece.logprobs:
             # They may come before their text does: it may be held back.
             if not choices:
-                choices.append(choice({}))
+                choices.append(_choice(piece.index, {}))
             choices[-1]["logprobs"] = {"content": logprob_entries(piece.logprobs, self.service)}
         return choices
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        body = self._frame("chat.completion.chunk", choices)
-        if usage is not None:
-            body["usage"] = usage
-        return event(body)
+        return event(self._chunk(choices) | ({} if usage is None else {"usage": usage}))
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._frame("chat.completion.chunk", choices)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name,
@@ -158,6 +170,10 @@ def finish_reason(reason: str, called: bool) -> str:
     if reason == "stop":
         return "tool_calls" if called else "stop"
     return "length" if reason == "timeout" else reason
+
+
+def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
 def _delta(part: Event) -> dict[str, Any]:

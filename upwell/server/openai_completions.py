@@ -19,7 +19,7 @@ from upwell.server.openai_schemas import CompletionRequest
 from upwell.server.record import RequestRecord
 from upwell.server.responders import Piece, Reply
 from upwell.server.service import Service, stream, whole
-from upwell.server.wire import JSON, event
+from upwell.server.wire import JSON, TextEvents, event
 
 MAX_PROMPTS = 64
 
@@ -62,23 +62,27 @@ class _Completion:
         self.created = int(time.time())
         self.n = body.n or 1
         decode = service.responder.decode
-        self.echoes = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
+        self.echoes = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts if body.echo]
         self.offsets = [0] * (self.n * len(replies))  # where a choice's next token begins in its text
+        self._texts: dict[int, TextEvents] = {}
 
     async def whole(self) -> dict[str, Any]:
         choices = [self._choice(k) for k in range(len(self.offsets))]
         for k in range(len(self.offsets)):
             choices[k]["text"] = self.echoes[k // self.n] if self.body.echo else ""
-        async for index, piece in self._pieces():
-            choice = choices[index]
-            choice["text"] += _text(piece)
-            if choice["logprobs"] is not None:
-                for name, values in self._logprobs(index, piece.logprobs).items():
-                    choice["logprobs"][name] += values
-            if piece.finish_reason is not None:
-                choice["finish_reason"] = finish_reason(piece.finish_reason, False)
-                choice["stop_reason"] = piece.stop
+        async for first, pieces in self._pieces():
+            for piece in pieces:
+                self._add(first + piece.index, piece, choices[first + piece.index])
         return self._frame(choices) | {"usage": usage_of(self.record)}
+
+    def _add(self, index: int, piece: Piece, choice: dict[str, Any]) -> None:
+        choice["text"] += _text(piece)
+        if choice["logprobs"] is not None:
+            for name, values in self._logprobs(index, piece.logprobs).items():
+                choice["logprobs"][name] += values
+        if piece.finish_reason is not None:
+            choice["finish_reason"] = finish_reason(piece.finish_reason, False)
+            choice["stop_reason"] = piece.stop
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         options = self.body.stream_options
@@ -86,12 +90,8 @@ class _Completion:
             if self.body.echo:
                 for k in range(len(self.offsets)):
                     yield event(self._frame([self._choice(k, self.echoes[k // self.n])]))
-            async for index, piece in self._pieces():
-                choice = self._choice(index, _text(piece), piece)
-                frame = self._frame([choice])
-                if options is not None and options.continuous_usage_stats:
-                    frame["usage"] = usage_of(self.record)
-                yield event(frame)
+            async for first, pieces in self._pieces():
+                yield b"".join(self._event(first + piece.index, piece) for piece in pieces)
             if options is not None and options.include_usage:
                 yield event(self._frame([]) | {"usage": usage_of(self.record)})
         except UpwellError as error:
@@ -99,18 +99,27 @@ class _Completion:
             yield event(error_object(error))
         yield DONE
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """The pieces of all replies as they come, each with its choice's index."""
+    def _event(self, index: int, piece: Piece) -> bytes:
+        running = self.body.stream_options is not None and self.body.stream_options.continuous_usage_stats
+        if piece.finish_reason is None and self.body.logprobs is None and not running:  # most of them
+            if index not in self._texts:
+                self._texts[index] = TextEvents(lambda text: self._frame([self._choice(index, text)]))
+            return self._texts[index](_text(piece))
+        frame = self._frame([self._choice(index, _text(piece), piece)])
+        return event(frame | ({"usage": usage_of(self.record)} if running else {}))
+
+    async def _pieces(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
+        """The pieces of all replies as they come, with the index of their prompt's first choice."""
         if len(self.replies) == 1:
-            async for piece in self.record.count(self.replies[0]):
-                yield piece.index, piece
+            async for pieces in self.record.count(self.replies[0]):
+                yield 0, pieces
             return
-        arrived: asyncio.Queue[tuple[int, Piece] | UpwellError | None] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, list[Piece]] | UpwellError | None] = asyncio.Queue()
 
         async def forward(k: int, reply: Reply) -> None:
             try:
-                async for piece in self.record.count(reply):
-                    arrived.put_nowait((k * self.n + piece.index, piece))
+                async for pieces in self.record.count(reply):
+                    arrived.put_nowait((k * self.n, pieces))
                 arrived.put_nowait(None)
             except UpwellError as error:
                 arrived.put_nowait(error)

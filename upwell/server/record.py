@@ -16,7 +16,7 @@ from upwell.server.responders import Piece, Reply
 
 @dataclass
 class RequestRecord:
-    """Times are seconds; `started` and `first_token` of the monotonic clock, `at` of the calendar (Unix)."""
+    """Times are seconds; `at` of the calendar (Unix), the others of the monotonic clock."""
 
     method: str
     path: str
@@ -30,6 +30,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0  # of the completion's
+    scheduled: float | None = None  # when it left the engine's queue
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
     status: int = 0
@@ -39,25 +40,39 @@ class RequestRecord:
     traceparent: str | None = None
     on_interval: Callable[[float], None] | None = None  # seconds between two tokens of a choice
 
-    async def count(self, reply: Reply) -> AsyncGenerator[Piece, None]:
-        """The reply's pieces, counted; leaving early ends the reply."""
+    async def count(self, reply: Reply) -> AsyncGenerator[list[Piece], None]:
+        """The reply's pieces as they come, counted; leaving early ends the reply."""
         self.prompt_tokens += reply.prompt_tokens
         last: dict[int, float] = {}
-        async with aclosing(reply.pieces) as pieces:
-            async for piece in pieces:
-                if piece.tokens:
-                    now = time.monotonic()
-                    if self.first_token is None:
-                        self.first_token = now
-                    if self.on_interval is not None and piece.index in last:
-                        self.on_interval((now - last[piece.index]) / piece.tokens)
-                    last[piece.index] = now
-                    self.completion_tokens += piece.tokens
-                    # A piece with the last of the reasoning and the first of the answer counts for the answer.
-                    if piece.events and all(isinstance(part, Reasoning) for part in piece.events):
-                        self.reasoning_tokens += piece.tokens
-                if piece.finish_reason is not None:
-                    self.finish_reasons.append(piece.finish_reason)
+        async with aclosing(reply.pieces) as arrivals:
+            async for pieces in arrivals:
+                now = time.monotonic()
+                if self.scheduled is None:
+                    self.scheduled = reply.scheduled()
+                for piece in pieces:
+                    if piece.tokens:
+                        self._count(piece, now, last.get(piece.index))
+                        last[piece.index] = now
+                    if piece.finish_reason is not None:
+                        self.finish_reasons.append(piece.finish_reason)
+                yield pieces
+
+    def _count(self, piece: Piece, now: float, before: float | None) -> None:
+        if self.first_token is None:
+            self.first_token = now
+        if self.on_interval is not None and before is not None:
+            self.on_interval((now - before) / piece.tokens)
+        self.completion_tokens += piece.tokens
+        # A piece with the last of the reasoning and the first of the answer counts for the answer.
+        if piece.events and all(isinstance(part, Reasoning) for part in piece.events):
+            self.reasoning_tokens += piece.tokens
+
+
+async def each(arrivals: AsyncGenerator[list[Piece], None]) -> AsyncGenerator[Piece, None]:
+    """The pieces one by one."""
+    async with aclosing(arrivals):
+        async for pieces in arrivals:
+            for piece in pieces:
                 yield piece
 
 
@@ -65,4 +80,3 @@ class RecordSink(Protocol):
     """Where finished records go."""
 
     def __call__(self, record: RequestRecord) -> None: ...
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal, Protocol
 
 from upwell.chat import ReplyParser, encode_messages
@@ -17,11 +18,11 @@ from upwell.chat.grammar import reply_grammar
 from upwell.chat.parsing import Content, Event, ToolCall
 from upwell.chat.protocol import DSML
 from upwell.engine import LLM, Delta, EngineThread, SamplingParams, StructuredOutputs, TokenLogprob
+from upwell.engine.mailbox import Inbox, PostOffice
 from upwell.engine.outputs import FinishReason
 from upwell.engine.stats import EngineStats
 from upwell.errors import InputError
 from upwell.server.errors import ContextLengthError
-from upwell.server.mailbox import Inbox, PostOffice
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Conversation:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """Part of choice `index` of a reply. `stop` is the stop string that ended it."""
 
@@ -77,11 +78,13 @@ class Piece:
 
 @dataclass
 class Reply:
-    """A reply under way. `abandon` ends it at once, from the event loop; `pieces` then end early."""
+    """A reply under way, its pieces as they come, those of one moment together. `abandon` ends it at once, from the
+    event loop; `pieces` then end early. `scheduled`: when it left the queue, by time.monotonic(); None if it hasn't."""
 
     prompt_tokens: int
-    pieces: AsyncGenerator[Piece, None]
+    pieces: AsyncGenerator[list[Piece], None]
     abandon: Callable[[], None]
+    scheduled: Callable[[], float | None]
 
 
 class Responder(Protocol):
@@ -172,6 +175,8 @@ class ModelResponder:
         params = replace(params, skip_special_tokens=False)
         grammar = conversation.grammar(self._dsml_id)
         if grammar is not None:
+            if params.structured_outputs is not None:
+                raise InputError("structured_outputs is given beside a response format or a forced tool call")
             params = replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
         thinking = conversation.thinking != "off" and not conversation.continue_last
         tools = bool(conversation.offered)
@@ -192,7 +197,7 @@ class ModelResponder:
         if params.max_tokens is None:
             params = replace(params, max_tokens=room)
         if self._office is None:
-            self._office = PostOffice(asyncio.get_running_loop())
+            self._office = PostOffice(self.thread, asyncio.get_running_loop())
         inbox = Inbox()
         running = self.thread.engine.request(ids, params, self._office.sink(inbox), timeout=self._timeout)
         self.thread.submit(running)
@@ -201,21 +206,24 @@ class ModelResponder:
             self.thread.cancel(running)
             inbox.close()
 
-        async def pieces() -> AsyncGenerator[Piece, None]:
+        async def pieces() -> AsyncGenerator[list[Piece], None]:
             left = params.n
             outputs = [_Output(self._tokenizer.decode, params.stops, parser, parallel) for parser in parsers]
             try:
                 while left and (deltas := await inbox.take()):
-                    for delta in deltas:
-                        if delta.error is not None:
-                            raise delta.error
-                        left -= delta.finish_reason is not None
-                        yield outputs[delta.index].piece(delta)
+                    good = list(takewhile(lambda delta: delta.error is None, deltas))
+                    left -= sum(delta.finish_reason is not None for delta in good)
+                    if good:
+                        yield [outputs[delta.index].piece(delta) for delta in good]
+                    if len(good) < len(deltas):
+                        error = deltas[len(good)].error
+                        assert error is not None
+                        raise error
             finally:
                 if left:
                     self.thread.cancel(running)
 
-        return Reply(len(ids), pieces(), abandon)
+        return Reply(len(ids), pieces(), abandon, lambda: running.scheduled_at)
 
 
 class _Output:
@@ -260,17 +268,17 @@ class NanoResponder(ModelResponder):
 
     def chat(self, conversation: Conversation, params: SamplingParams) -> Reply:
         prompt = self.prompt_tokens(conversation)  # refuses what a model would refuse
-        if conversation.grammar() is not None:
+        if conversation.grammar() is not None or params.structured_outputs is not None:
             raise InputError(
                 "upwell-nano writes no JSON and calls no tools", "start Upwell with a V4 checkpoint: --model PATH"
             )
 
-        async def pieces() -> AsyncGenerator[Piece, None]:
+        async def pieces() -> AsyncGenerator[list[Piece], None]:
             query = None
             if self.write_query is not None:
                 query = await asyncio.to_thread(self.write_query, conversation.messages)
             for index in range(params.n):
                 tokens = 0 if query is None else len(self.encode(query))
-                yield Piece(index, (Content(query or NANO_NOTICE),), tokens, finish_reason="stop")
+                yield [Piece(index, (Content(query or NANO_NOTICE),), tokens, finish_reason="stop")]
 
-        return Reply(len(prompt), pieces(), lambda: None)
+        return Reply(len(prompt), pieces(), lambda: None, lambda: None)

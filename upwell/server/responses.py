@@ -14,7 +14,7 @@ from upwell.chat.parsing import Content, Event, Reasoning, ToolCall
 from upwell.errors import UpwellError
 from upwell.server.errors import error_object
 from upwell.server.openai_chat import logprob_entries
-from upwell.server.record import RequestRecord
+from upwell.server.record import RequestRecord, each
 from upwell.server.responders import Piece, Reply
 from upwell.server.responses_schemas import ResponsesRequest
 from upwell.server.service import Service, stream, whole
@@ -80,7 +80,7 @@ class _Answer:
     async def _steps(self) -> AsyncGenerator[Step, None]:
         """Builds `output` and says each step of it."""
         ended: Piece | None = None
-        async for piece in self.record.count(self.reply):
+        async for piece in each(self.record.count(self.reply)):
             logprobs = logprob_entries(piece.logprobs, self.service) if self.body.wants_logprobs else []
             for part in piece.events:
                 for step in self._part(part, logprobs):

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import socket
 import ssl
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from upwell.engine import EngineThread
 from upwell.errors import InputError
 from upwell.server.logs import LogFormat, configure
 from upwell.server.protocol import LimitedProtocol
 from upwell.server.settings import ServerSettings
 
+LOST_SECONDS = 5.0  # that a server without its other ranks answers 503 before it ends
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -41,6 +44,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, greeting: str) -> None:
         super().__init__(config)
         self._app, self._greeting = app, greeting
+        app.state.server = self
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -91,6 +95,21 @@ def serve(
         )  # fmt: skip
         scheme = "http" if listener.tls_cert is None else "https"
         _Server(config, app, _greeting(names[0], scheme, *bound.getsockname()[:2])).run(sockets=[bound])
+
+
+def stop_when_lost(app: FastAPI, thread: EngineThread) -> None:
+    """End the server a little after a rank of its model has ended: until then it says so, with 503."""
+
+    def stop() -> None:
+        if (server := getattr(app.state, "server", None)) is not None:
+            server.should_exit = True
+
+    def lost(_: Exception) -> None:
+        timer = threading.Timer(LOST_SECONDS, stop)
+        timer.daemon = True
+        timer.start()
+
+    thread.engine.runner.model.on_failure(lost)
 
 
 def _is_loopback(host: str) -> bool:

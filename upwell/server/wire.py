@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -14,10 +16,14 @@ from starlette.types import Receive, Scope, Send
 SEND_TIMEOUT = 60.0  # seconds that a client may read nothing of what waits for it
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_HOLE = "\ue000text\ue000"
+
+
 def dump(body: Any) -> bytes:
     """JSON as UTF-8. Half a surrogate pair, which a model's call may hold, is escaped: UTF-8 has no form for it."""
     try:
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        return _encode(body).encode()
     except UnicodeEncodeError:
         return json.dumps(body, separators=(",", ":")).encode()
 
@@ -33,6 +39,16 @@ def event(body: Any, name: str | None = None) -> bytes:
     """One server-sent event."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + dump(body) + b"\n\n"
+
+
+class TextEvents:
+    """Events that differ in one text alone. `make(text)` gives the event's body; it is called once."""
+
+    def __init__(self, make: Callable[[str], Any], name: str | None = None) -> None:
+        self._before, _, self._after = event(make(_HOLE), name).partition(dump(_HOLE))
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + dump(text) + self._after
 
 
 class ClientGone(Exception):
@@ -72,15 +88,33 @@ class EventStream(Response):
             record.gone = True
             self._abandon()
 
+        loop = asyncio.get_running_loop()
+        since = math.inf  # when the send under way began
+
+        def look() -> None:
+            """A timer for each event would cost more than the event."""
+            if loop.time() - since > SEND_TIMEOUT:
+                late.reschedule(loop.time())
+            else:
+                timers.append(loop.call_later(SEND_TIMEOUT / 4, look))
+
+        timers = deque([loop.call_later(SEND_TIMEOUT / 4, look)], maxlen=1)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async with watching(receive, leave), contextlib.aclosing(self._events) as events:
+            async with (
+                asyncio.timeout(None) as late,
+                watching(receive, leave),
+                contextlib.aclosing(self._events) as events,
+            ):
                 async for chunk in events:
-                    async with asyncio.timeout(SEND_TIMEOUT):
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    since = loop.time()
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    since = math.inf
         except TimeoutError:
             leave()
             scope.get("upwell.abort", _nothing)()  # closing would wait for the reader
+        finally:
+            timers[0].cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -54,6 +54,7 @@ class ConditionSampler:
         self.any = asked
         self.key = table.key if table.key in usable else None
         self.label = table.label if table.label in asked else None
+        self.codes = [i for i in asked if columns[i].kind == "key" and columns[i].spec.pool == "code"]
 
     def where(self, weights: tuple[float, ...] = (55, 33, 10, 2), avoid: tuple[int, ...] = ()) -> tuple[Cond, ...]:
         count = self.rng.choices(range(len(weights)), weights)[0]

@@ -115,7 +115,7 @@ class Sampler(ConditionSampler):
         return Intent(form, made.where, made.dims, made.measures, sort=self.rng.choice(("desc", "desc", "asc")))
 
     def _group_best(self, form: str, top: int = 1) -> Intent | None:
-        dim = self.dim(time=False)
+        dim = Dim(self.rng.choice(self.year)) if self.year and self.rng.random() < 0.25 else self.dim(time=False)
         measure = self.measure("avg avg avg sum sum max median", count=0.42)
         if not dim or not measure or measure.column == dim.column:
             return None
@@ -131,17 +131,19 @@ class Sampler(ConditionSampler):
     def _attribute(self, form: str) -> Intent | None:
         if self.key is None:
             return None
-        names = [v for v in self.table.columns[self.key].present() if len(self.table.holders[str(v).lower()]) == 1]
-        pool = [i for i in self.any if i != self.key]
+        key = self.rng.choice(self.codes) if self.codes and self.rng.random() < 0.3 else self.key
+        names = [v for v in self.table.columns[key].present() if len(self.table.holders[str(v).lower()]) == 1]
+        pool = [i for i in self.any if i != key]
+        if self.label is not None and self.label != key and self.rng.random() < 0.3:
+            pool = [self.label]
         count = self.rng.choices((1, 2, 3), (85, 13, 2))[0]
         if not names or len(pool) < count:
             return None
         name = str(self.rng.choice(names))
         part = self.rng.choice(name.split())
         if self.rng.random() < 0.15 and len(name.split()) > 1 and len(part) > 3 and part.isalpha():
-            return Intent(form, (Cond(self.key, "contains", (part,)),), show=tuple(self.rng.sample(pool, count)))
-        return Intent(form, (Cond(self.key, "eq", (str(self.rng.choice(names)),)),),
-                      show=tuple(self.rng.sample(pool, count)))  # fmt: skip
+            return Intent(form, (Cond(key, "contains", (part,)),), show=tuple(self.rng.sample(pool, count)))
+        return Intent(form, (Cond(key, "eq", (name,)),), show=tuple(self.rng.sample(pool, count)))  # fmt: skip
 
     def _filter(self, form: str) -> Intent | None:
         where = self.where((0, 68, 27, 5))

@@ -279,8 +279,21 @@ class RowSentences(Sentences):
         names = [self.p.columns(c) if len(q.show) == 1 and self.rng.random() < 0.4 else self.p.column(c, raw=False) for c in q.show]
         cols = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
         of = self.pick("of", "of", "for", "of all", "of the", "for all", "for the")
+        if len(q.show) == 1 and self.columns[q.show[0]].kind in ("cat", "year", "date") and self.rng.random() < 0.45:
+            return f"{self.pick('', '', 'which ', 'what ', 'list the ', 'show the ', 'list of ', 'give me the ')}{self.p.columns(q.show[0])} {self._when(q)}"
         x = f"{cols} {of} {self.rows(q.where)}"
         return self.pick("{x}", "{x}", "show the {x}", "show me the {x}", "list the {x}", "give me the {x}", "what are the {x}", "show {x}", "get the {x}", "display {x}", "i need the {x}", "list {x}", "please show {x}").format(x=x)
+
+    def _when(self, q: Intent) -> str:
+        """Conditions behind a column that isn't the rows' noun: "years when sales were over 5", "in Rome"."""
+        loose: list[str] = []
+        tests: list[str] = []
+        for i, cond in enumerate(q.where):
+            place, text = self.p.condition(cond, i, ("prep", "where"))
+            (tests if place == "where" else loose).append(text.removeprefix("where "))
+        if tests:
+            loose.append(f"{self.pick('where', 'where', 'when', 'in which')} {' and '.join(tests)}")
+        return " ".join(loose)
 
     def _show_all(self, q: Intent) -> str:
         e, one = self.p.entity(), self.p.entity(False)
@@ -323,6 +336,6 @@ class RowSentences(Sentences):
             return self.pick(f"which {names} are there {self.pick('among', 'for')} {self.rows(q.where)}", f"list the {kind or 'different'} {names} of {self.rows(q.where)}", f"{kind or 'unique'} {names} of {self.rows(q.where)}", f"what {names} are found among {self.rows(q.where)}",
                              f"{names} of {self.rows(q.where)}", f"which {names} have the {self.rows(q.where)}", f"{names} for {self.rows(q.where)}",
                              f"distinct {names} for {self.rows(q.where)}", f"in which {names} are there {self.rows(q.where)}", f"what are the different {names} among {self.rows(q.where)}", f"which {names} have {self.rows(q.where)}")  # fmt: skip
-        return self.pick(f"what are the {kind} {names}", f"what {names} are there", f"which {names} are there", f"list all {kind} {names}", f"list the {kind} {names}", f"show {kind} {names}", f"show all {names}", f"which {kind} {names} do we have", f"{kind or 'distinct'} {names}",
+        return self.pick(f"what are the {kind} {names}", f"what {names} are there", f"which {names} are there", f"list of the {names}", f"list of {names}", f"list the {names}", f"all the {names}", f"show me the {names}", f"list all {kind} {names}", f"list the {kind} {names}", f"show {kind} {names}", f"show all {names}", f"which {kind} {names} do we have", f"{kind or 'distinct'} {names}",
                          f"what {kind} {names} exist", f"what kinds of {name} are there", f"what {name} values are there", f"give me all {kind} {names}", f"which {names} appear in the data", f"all {names}", f"name all the {names}", f"tell me the {kind} {names}",
                          f"what are all the {kind} {names}", f"values of {name}", f"show me a list of the {names}", f"which {names} occur")  # fmt: skip

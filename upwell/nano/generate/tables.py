@@ -271,6 +271,8 @@ def sample_table(domains: Sequence[Domain], rng: Random) -> Table:
         specs.sort(key=lambda s: s.kind != "key")
     rows = rng.randint(20, 80)
     panel = _panel(domain, specs, rng) if rng.random() < 0.16 else None
+    if panel is None and rng.random() < 0.2:
+        _number_rows(domain, specs, rng)
     series = _series(specs, rng) if panel is None and rng.random() < 0.09 else None
     for spec in specs:
         if spec.kind == "key" and spec.values:
@@ -318,7 +320,7 @@ def sample_table(domains: Sequence[Domain], rng: Random) -> Table:
                   for w in keywords(p)}  # fmt: skip
     vocabulary |= {w for pair in domain.entity for w in keywords(pair[0])}
     plain = (("row", "rows"), ("record", "records"))
-    label, label_entity = key, domain.entity
+    label, label_entity = _named_key(domain, specs, key), domain.entity
     if panel is not None:
         entity: tuple[tuple[str, str], ...] = (*plain, ("entry", "entries"), ("observation", "observations"))
         label = next(i for i, spec in enumerate(specs) if spec is panel)
@@ -400,6 +402,28 @@ def _panel(domain: Domain, specs: list[ColumnSpec], rng: Random) -> ColumnSpec |
         prepositions=("of", "for", "for"),
     )
     return specs[keys[0]]
+
+
+def _number_rows(domain: Domain, specs: list[ColumnSpec], rng: Random) -> None:
+    """Add a code beside the names of the rows: "employee_id" beside "name". A person who lists the rows wants names."""
+    first = _first_key(domain)
+    keys = [s for s in specs if s.kind == "key"]
+    if first is None or keys != [first] or first.pool == "code":
+        return
+    one = domain.entity[0][0]
+    short = one.split()[-1]
+    names = (f"{one} id", f"{short}_id", f"{short}_no", f"{short.capitalize()}ID", f"{short} code", "id", "ID", "No.")
+    code = ColumnSpec("key", names, (f"{one} id", f"{one} number", f"{short} code", "id", "id number"), pool="code")
+    specs.insert(0 if rng.random() < 0.7 else rng.randint(0, len(specs)), code)
+
+
+def _named_key(domain: Domain, specs: Sequence[ColumnSpec], key: int | None) -> int | None:
+    """What rows are listed by: their names where the table has both a code and a name for them."""
+    if key is None or specs[key].pool != "code":
+        return key
+    own = {"name", "title", "description"} | {w for one, _ in domain.entity for w in words(one)}
+    named = [i for i, s in enumerate(specs) if s.kind == "key" and s.pool != "code" and set(words(s.names[0])) <= own]
+    return named[0] if named else key
 
 
 def _first_key(domain: Domain) -> ColumnSpec | None:

@@ -67,6 +67,9 @@ _ORDERS = """email {v}|call {v}|call {v} for me|send {v} a reminder|reply to {v}
 book a trip to {v}|order more {v}|buy {v}|buy me {v}|mark {v} as done|assign {v} to me|promote {v}|fire {v}|hire someone like {v}|delete {v}|archive the {v} {e}|rename {v}|edit {v}|
 schedule a meeting with {v}|remind me about {v}|tell {v} to hurry up|print a label for {v}|show me a picture of {v}|play {v}|take me to {v}|navigate to {v}|translate {v}|how do you pronounce {v}|
 write a poem about {v}|tell me a story about {v}|why is {v} so popular|is {v} any good|what do people think of {v}|should i choose {v}|do you like {v}|add {v} to my favourites|
+give every {one} a raise|give everyone a bonus|give all {e} a discount|close all the {e}|close all {v} {e}|approve all the {e}|assign the {e} to someone|send an email to all {e}|notify the {e}|
+move all {e} to {v}|mark all {e} as read|archive old {e}|restock {v}|put {v} on hold|start {v}|stop {v}|why are {v} bad|why is {v} bad|why is {v} so expensive|what makes {v} special|are {v} good for you|
+how does {v} work|who invented {v}|tell me more about {v}|what is {v}|explain {v}|is {v} better for me|can i trust {v}|compare yourself to {v}|how do i get to {v}|what is the weather in {v}|find me a cheaper {v}|
 reopen {v}|approve {v}|pay {v}|move {v} to the end|set {v} to zero|what will happen to {v} next year|should we drop {v}""".replace("\n", "").split("|")
 
 

@@ -1,4 +1,8 @@
-"""From the engine's thread to the event loop: what a step gives to all requests crosses with one wake-up."""
+"""From the engine's thread to the event loop: what a step gives to all requests crosses with one wake-up.
+
+The wake-up comes when the engine's thread begins to compute: the loop then has Python's lock to itself, where right
+after sampling the two would take it from each other.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import asyncio
 import contextlib
 from collections import deque
 
-from upwell.engine import Delta
+from upwell.engine.loop import EngineThread
+from upwell.engine.outputs import Delta
 from upwell.engine.sequence import Sink
 
 
@@ -40,25 +45,27 @@ class Inbox:
 
 
 class PostOffice:
-    """Carries deltas to the inboxes of one event loop."""
+    """Carries deltas from an engine's thread to the inboxes of one event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, thread: EngineThread, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self._arrived: deque[tuple[Inbox, Delta]] = deque()
         self._called = False
+        thread.couriers.append(self._wake)
 
     def sink(self, inbox: Inbox) -> Sink:
         """A sink for the engine's thread."""
 
         def send(delta: Delta) -> None:
             self._arrived.append((inbox, delta))
-            if not self._called:
-                self._called = True
-                # A loop that has closed has no one waiting.
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._deliver)
 
         return send
+
+    def _wake(self) -> None:
+        if self._arrived and not self._called:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # the loop has closed: no one waits
+                self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._called = False  # before the last look: what comes from here on calls again
