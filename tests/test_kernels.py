@@ -189,8 +189,8 @@ def test_selected_index_sets_equal_plain(isa: str, cuts: list[int], monkeypatch:
     plain_picks: list[Tensor] = []  # of each layer of each call, [S, topk]
     make_call, choose = native.Call, indexer.select_entries
 
-    def call_with_picks(*fields: object) -> native.Call:
-        call = make_call(*fields)
+    def call_with_picks(*fields: object, **named: object) -> native.Call:
+        call = make_call(*fields, **named)
         native_picks.append(torch.full((call.layer_count, call.tokens, topk), -1, dtype=torch.int32))
         call.picks = native_picks[-1].data_ptr()
         return call
@@ -223,8 +223,8 @@ def by_both_cuts(model: Transformer, ids: Tensor, monkeypatch: pytest.MonkeyPatc
     plan, make_call, picks = compiled.plan(model), native.Call, list[Tensor]()
     assert plan is not None and plan.model.by_tokens == 1
 
-    def call_with_picks(*fields: object) -> native.Call:
-        call = make_call(*fields)
+    def call_with_picks(*fields: object, **named: object) -> native.Call:
+        call = make_call(*fields, **named)
         picks.append(torch.full((call.layer_count, call.tokens, model.config.index_topk), -1, dtype=torch.int32))
         call.picks = picks[-1].data_ptr()
         return call
