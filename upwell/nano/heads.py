@@ -104,7 +104,8 @@ def train_heads(rank: int, out: Path, steps: int, tokens: int, lr: float, ranks:
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=ranks)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     model = Transformer(UNSELECTIVE)
-    model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    trunk = out / "average.pt" if (out / "average.pt").exists() else out / "checkpoint.pt"
+    model.load_state_dict(torch.load(trunk, weights_only=True)["model"])
     trained = {n: p for n, p in model.named_parameters() if "indexer" in n or n.startswith("mtp")}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -133,7 +133,7 @@ def validate(model: Transformer, held_out: list[Batch], end_id: int) -> dict[str
 
 
 def train(rank: int, recipe: Recipe, out: Path, init: Path | None) -> None:
-    """One rank of a run. Writes out/checkpoint.pt (atomically), out/log.jsonl; resumes from the former."""
+    """One rank of a run. Writes out/checkpoint.pt (atomically), steps/, log.jsonl; resumes from the first."""
     keep_memory()
     torch.set_num_threads(1)
     meeting = f"file://{out.resolve()}/rendezvous"
@@ -226,6 +226,8 @@ def _save(out: Path, model: Transformer, optimizer: Optimizer, step: int, second
     }  # fmt: skip
     torch.save(state, out / "checkpoint.tmp")
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+    (out / "steps").mkdir(exist_ok=True)  # for upwell.nano.average
+    torch.save({"model": state["model"]}, out / "steps" / f"{step}.pt")
 
 
 def main() -> None:
