@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 Status = Literal["answer", "unsure", "refused"]
 
 SURE = 0.65  # confidence from which a reading counts as sure
-DRAFT = 0.4  # weight of the keyword rules' own reading beside the model's probabilities
+# Weight of the keyword rules' own reading beside the model's probabilities, by whether they understood every word.
+DRAFT = {True: 0.8, False: 0.4}
 ORDERS = 4  # column orders a question is asked under
 DRAWS = 3  # further plans drawn in each order, as candidates
 MAX_PLAN_TOKENS = 64
@@ -133,8 +134,9 @@ class Asker:
         drafts = [draft_plan(profile, linked) for linked in asked]
         readings = []
         for linked, draft, candidates in zip(asked, drafts, self.candidates(profile, asked, drafts), strict=True):
-            candidates[draft.plan] = candidates.get(draft.plan, 0.0) + DRAFT
-            weights = {plan: p * support(plan, linked) / (1 + DRAFT) for plan, p in candidates.items()}
+            share = DRAFT[draft.sure]
+            candidates[draft.plan] = candidates.get(draft.plan, 0.0) + share
+            weights = {plan: p * support(plan, linked) / (1 + share) for plan, p in candidates.items()}
             best = max(weights, key=lambda plan: weights[plan])
             readings.append(Reading(best, weights[best]))
         return readings
