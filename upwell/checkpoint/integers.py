@@ -50,7 +50,8 @@ def integer_piece(
         if to_int4 is not None and integer != "int8":
             dense = dense_weight(*read(), torch.float32)
             finite = bool(dense.isfinite().all())
-            made = int4_integers(*to_int4(dense if finite else torch.zeros_like(dense), group), by_rows, blocks)
+            codes, scale = to_int4(dense if finite else torch.zeros_like(dense), group)
+            made = int4_integers(codes, scale if group is None else scale.bfloat16(), by_rows, blocks)
         else:
             made = requantize(*read(), 8 if integer == "int8" else 4, group, by_rows, blocks)
             finite = bool(made.scale.isfinite().all())

@@ -275,8 +275,10 @@ def write_shard(
         if digest is not None:
             digest.update(head)
         at = 0
-        for tensors in _made_ahead(pieces):
-            for tensor in tensors:
+        for piece, tensors in zip(pieces, _made_ahead(pieces), strict=True):
+            for (name, dtype, shape), tensor in zip(piece.tensors, tensors, strict=True):
+                if tensor.nbytes != prod(shape) * ITEM_BYTES[dtype]:
+                    raise AssertionError(f"{name} became {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
                 raw = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
                 stream.write(raw.numpy().data)
                 if digest is not None:
