@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import httpx
@@ -176,8 +177,8 @@ def test_the_first_rank_to_go_is_named_and_the_others_are_let_go(how: str) -> No
     address = lead.listen("127.0.0.1")
     follows = [Follow(address, 1, ended=lambda: None), Follow(address, 2, ended=gone.set)]
     lead.accept(30, lambda: None)
-    heard: list[RankError] = []
-    lead.on_failure(heard.append)
+    heard: Queue[RankError] = Queue()
+    lead.on_failure(heard.put)
     if how == "fails":
         follows[0].fail("ValueError: too hot")
     else:
@@ -186,7 +187,7 @@ def test_the_first_rank_to_go_is_named_and_the_others_are_let_go(how: str) -> No
     assert str(error).startswith("rank 1 of 3 failed: ValueError: too hot" if how == "fails" else "rank 1 of 3 ended")
     assert error.http_status == 503 and error.exit_code == 1
     assert gone.wait(10)  # the other one's line is closed, at which its process ends
-    assert heard == [error]
+    assert heard.get(timeout=10) is error and heard.empty()
     with pytest.raises(RankError, match="rank 1 of 3"):
         lead.tell("do", {})
     with pytest.raises(RankError, match="rank 1 of 3"):
