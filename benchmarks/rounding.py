@@ -8,7 +8,6 @@ is from the unchanged model, on plans of generated questions that neither traini
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sensitivity import dense_model
+from sensitivity import arguments, dense_model
 from torch import Tensor
 
 from upwell.bench.documents import WINDOW, Cut, read_documents
@@ -27,7 +26,6 @@ from upwell.bench.record import result, table
 from upwell.checkpoint.calibrate import FEWEST_ROWS, Calibration, calibrate, first_tokens
 from upwell.checkpoint.rounding import gptq, search_scale
 from upwell.engine import Tokenizer
-from upwell.engine.llm import nano_path
 from upwell.formats.int4 import GROUP, INT4_MAX, int4_scale, round_to_int4
 from upwell.model import Transformer
 from upwell.nano.heldout import write_prompts
@@ -95,11 +93,7 @@ def round_experts(model: Transformer, kept: Calibration, rounding: Rounding, gro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=nano_path(), metavar="PATH", help="default: nano as shipped")
-    parser.add_argument("--texts", type=int, default=400, help="generated questions (default: 400)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    args = parser.parse_args()
+    args = arguments(__doc__, 400)
     model, tokenizer = dense_model(args.model), Tokenizer.from_directory(args.model)
     assert tokenizer is not None, "the model has no tokenizer.json"
     cut, longest = Cut(model.config.bos_token_id, WINDOW, WINDOW // 2), model.config.max_position_embeddings

@@ -52,6 +52,15 @@ PARTS = {
 }  # fmt: skip
 
 
+def arguments(description: str | None, texts: int) -> argparse.Namespace:
+    """model, texts, json: what is measured, on how many generated questions, and where the record goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=nano_path(), metavar="PATH", help="default: nano as shipped")
+    parser.add_argument("--texts", type=int, default=texts, help=f"generated questions (default: {texts})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    return parser.parse_args()
+
+
 def dense_model(path: Path) -> Transformer:
     """The checkpoint in FP32 with nothing packed."""
     model = load_model(path, dtype=torch.float32)
@@ -123,11 +132,7 @@ def flash_shares(part: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=nano_path(), metavar="PATH", help="default: nano as shipped")
-    parser.add_argument("--texts", type=int, default=100, help="generated questions (default: 100)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    args = parser.parse_args()
+    args = arguments(__doc__, 100)
     model = dense_model(args.model)
     tokenizer = Tokenizer.from_directory(args.model)
     assert tokenizer is not None, "the model has no tokenizer.json"

@@ -13,11 +13,7 @@ static int64_t lay_out_experts(const Model& m, int64_t tokens, char* base, int t
   at.take(b.up, pairs * m.inter);
   const int64_t shared = at.used;
   Bump own{base + shared};
-  for (int i = 0; i <= thread; ++i) {
-    own.take(b.tile, widest * kTile);
-    own.take(b.rows_buffer, widest * 4);
-    own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
-  }
+  for (int i = 0; i <= thread; ++i) take_product(own, b, widest);
   return shared + own.used / (thread + 1) * threads;
 }
 

@@ -56,6 +56,13 @@ static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, in
   at.take(b.index_scores, threads * kIndexRows * b.score_row);
 }
 
+// What a thread's products need of its own, for inputs of up to `widest` columns.
+static void take_product(Bump& own, Buffers& b, int64_t widest) {
+  own.take(b.tile, widest * kTile);
+  own.take(b.rows_buffer, widest * 4);
+  own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
+}
+
 static void take_own(Bump& at, Buffers& b, const Model& m, int64_t entries) {
   const int64_t keys = m.window + max64(entries, 1);
   at.take(b.qt, (m.dim + kLanes) * kLanes);
@@ -87,9 +94,7 @@ static int64_t lay_out(const Model& m, int64_t tokens, int64_t entries, char* ba
   const int64_t shared = at.used;
   Bump own{base + shared};
   for (int i = 0; i <= thread; ++i) {
-    own.take(b.tile, widest * kTile);
-    own.take(b.rows_buffer, widest * 4);
-    own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
+    take_product(own, b, widest);
     take_own(own, b, m, entries);
   }
   return shared + own.used / (thread + 1) * threads;

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import settings
+from torch import Tensor
 
 from upwell.ops import native
 
@@ -96,3 +98,21 @@ def picture(browser: Browser, tmp_path: Path) -> Callable[[str], None]:
         image.quantize(64).save(Path(os.environ.get("UPWELL_SCREENSHOTS", tmp_path)) / f"{name}.png", optimize=True)
 
     return take
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint as released, for the tests of upwell convert."""
+    from conversions import save_official
+
+    return save_official(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def weights(official: Path) -> dict[str, Tensor]:
+    """The linear weights of `official` in FP32."""
+    from conversions import dense
+
+    from upwell import load_model
+
+    return dense(load_model(official, dtype=torch.float32))

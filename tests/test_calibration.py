@@ -73,11 +73,6 @@ def texts(count: int = 24, length: int = 60, seed: int = 5) -> list[list[int]]:
     return [[0, *torch.randint(2, 300, (length,), generator=generator).tolist()] for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return conversions.save_official(tmp_path_factory.mktemp("official"))
-
-
 def test_recorded_inputs_are_those_of_the_whole_model(official: Path, tmp_path: Path) -> None:
     some = texts(3)
     layers: list[tuple[int, int]] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import CONFIG, assert_rounded, dense, save_official
+from conversions import CONFIG, assert_rounded, dense
 from models import fill
 from safetensors.torch import load_file, save_file
 
@@ -23,16 +23,6 @@ from upwell.errors import CheckpointError
 from upwell.model import Transformer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_official(tmp_path_factory.mktemp("official"))
-
-
-@pytest.fixture(scope="module")
-def weights(official: Path) -> dict[str, torch.Tensor]:
-    return dense(load_model(official, dtype=torch.float32))
 
 
 def test_bf16_is_exact(official: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_ascend_reader
-from conversions import CONFIG, assert_rounded, dense, save_official
+from conversions import CONFIG, assert_rounded, save_official
 from safetensors.torch import load_file, save_file
 
-from upwell import load_model
 from upwell.checkpoint.convert import Conversion, convert
 from upwell.checkpoint.recipes import Target
 from upwell.checkpoint.sniff import sniff
@@ -20,16 +19,6 @@ from upwell.formats.fp4 import dequantize_fp4
 from upwell.formats.fp8 import dequantize_fp8, quantize_fp8
 
 STAGES, TARGETS, RANK = 3, 2, 24
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_official(tmp_path_factory.mktemp("official"))
-
-
-@pytest.fixture(scope="module")
-def weights(official: Path) -> dict[str, torch.Tensor]:
-    return dense(load_model(official, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")

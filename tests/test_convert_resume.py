@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conversions import save_official
 
 from upwell.checkpoint.convert import Conversion, convert
 from upwell.checkpoint.recipes import Layout, Target
@@ -20,11 +19,6 @@ from upwell.cli import main
 from upwell.errors import CheckpointError, InputError
 
 CASES = [("w8a8", "upwell", 1), ("w4a8", "upwell", 1), ("w4a8", "vllm-ascend", 3), ("w4a16", "upwell", 3)]
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_official(tmp_path_factory.mktemp("official"))
 
 
 def files(directory: Path) -> dict[str, str]:

@@ -60,6 +60,20 @@ def _add(gates, values, top, weight, total):
 
 
 @triton.jit
+def _own_window(kv, gate, own, d, inside, width, RATIO: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr):
+    """The running softmax (see _add) over the RATIO slots that begin at element `own`."""
+    top = tl.full((BD,), float("-inf"), tl.float32)
+    weight = tl.zeros((BD,), tl.float32)
+    total = tl.zeros((BD,), tl.float32)
+    for c in range(0, RATIO, CHUNK):
+        at = (c + tl.arange(0, CHUNK))[:, None] * width + d[None, :]
+        gates = tl.load(gate + own + at, mask=inside, other=0.0)
+        values = tl.load(kv + own + at, mask=inside, other=0.0)
+        top, weight, total = _add(gates, values, top, weight, total)
+    return top, weight, total
+
+
+@triton.jit
 def pool_ring_kernel(
     kv, gate, slots, positions, out, sequences, dim, blocks,
     RING: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr,
@@ -74,15 +88,8 @@ def pool_ring_kernel(
         inside = (d < dim)[None, :]
         window = tl.load(positions + b) // RATIO
         ring = tl.load(slots + b) * RING
-        top = tl.full((BD,), float("-inf"), tl.float32)
-        weight = tl.zeros((BD,), tl.float32)
-        total = tl.zeros((BD,), tl.float32)
         own = (ring + window * RATIO % RING) * width + (width - dim)
-        for c in range(0, RATIO, CHUNK):
-            at = (c + r)[:, None] * width + d[None, :]
-            gates = tl.load(gate + own + at, mask=inside, other=0.0)
-            values = tl.load(kv + own + at, mask=inside, other=0.0)
-            top, weight, total = _add(gates, values, top, weight, total)
+        top, weight, total = _own_window(kv, gate, own, d, inside, width, RATIO, CHUNK, BD)
         if OVERLAP:
             before = (ring + (window * RATIO + RING - RATIO) % RING) * width
             at = r[:, None] * width + d[None, :]
@@ -106,15 +113,8 @@ def pool_kernel(
         w = item // blocks
         d = (item % blocks) * BD + tl.arange(0, BD)
         inside = (d < dim)[None, :]
-        top = tl.full((BD,), float("-inf"), tl.float32)
-        weight = tl.zeros((BD,), tl.float32)
-        total = tl.zeros((BD,), tl.float32)
         own = w * RATIO * width + (width - dim)
-        for c in range(0, RATIO, CHUNK):
-            at = (c + r)[:, None] * width + d[None, :]
-            gates = tl.load(gate + own + at, mask=inside, other=0.0)
-            values = tl.load(kv + own + at, mask=inside, other=0.0)
-            top, weight, total = _add(gates, values, top, weight, total)
+        top, weight, total = _own_window(kv, gate, own, d, inside, width, RATIO, CHUNK, BD)
         if OVERLAP:
             first = w % per_batch == 0
             at = (w - 1) * RATIO * width + r[:, None] * width + d[None, :]
