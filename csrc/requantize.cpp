@@ -35,7 +35,7 @@ namespace upwell::requantize_avx512 {
 #pragma GCC pop_options
 #endif
 
-extern "C" void upwell_requantize(const upwell::Requantize* call) {
+extern "C" void upwell_requantize_weight(const upwell::Requantize* call) {
 #if defined(__x86_64__)
   if (std::strncmp(upwell_isa(), "avx512", 6) == 0) return upwell::requantize_avx512::requantize(*call);
   if (std::strcmp(upwell_isa(), "avx2") == 0) return upwell::requantize_avx2::requantize(*call);

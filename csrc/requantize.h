@@ -17,6 +17,7 @@ struct Requantize {
   int64_t bits;       // 8 or 4
   int64_t group;      // columns a scale of `scales`; cols: one a row
   int64_t bf16_scales;  // they are rounded to BF16
+  int64_t on_grid;    // INT8's of FP8 and FP4: powers of two where those have less error (formats/int8.py)
   int64_t pack_rows;  // INT4: byte [j, i] is rows 2j (low) and 2j + 1; else columns 2i (low) and 2i + 1
   int64_t blocks;     // of columns, for `sums`; 0: none
   uint8_t* codes;     // [rows, cols] of INT8; INT4 half of that

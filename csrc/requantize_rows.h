@@ -24,6 +24,15 @@ INLINE float to_bf16(float x) {
   return x;
 }
 
+// The power of two at or above a positive x.
+INLINE float power_at_least(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  bits = (bits + 0x7FFFFF) & 0x7F800000u;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
 // The step that brings `amax` to the largest integer.
 INLINE float step_of(const Requantize& call, float amax) {
   const float step = (amax == 0.0f ? 1.0f : amax) / (call.bits == 8 ? 127.0f : 7.0f);
@@ -42,6 +51,16 @@ INLINE void expand_fp8(const uint8_t* in, float scale, int64_t n, float* out) {
   }
 }
 
+constexpr float kMagnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+
+INLINE void expand_fp4(const uint8_t* in, const uint8_t* scale, int64_t cols, float* out) {
+  for (int64_t i = 0; i < cols; ++i) {
+    const int code = (in[i / 2] >> (i % 2 * 4)) & 15;
+    const float magnitude = kMagnitudes[code & 7] * ue8m0(scale[i / kFp4Group]);
+    out[i] = code & 8 ? -magnitude : magnitude;
+  }
+}
+
 INLINE void expand_row(const Requantize& call, int64_t row, float* out) {
   const int64_t cols = call.cols;
   if (call.format == WeightFormat::f32) {
@@ -54,6 +73,8 @@ INLINE void expand_row(const Requantize& call, int64_t row, float* out) {
       const uint32_t bits = uint32_t(half) << 16;
       __builtin_memcpy(out + i, &bits, 4);
     }
+  } else if (call.format == WeightFormat::fp4) {
+    expand_fp4(call.weight + row * cols / 2, call.scale + row * (cols / kFp4Group), cols, out);
   } else {
     const uint8_t* scale = call.scale + row / kFp8Block * ((cols + kFp8Block - 1) / kFp8Block);
     for (int64_t i = 0; i < cols; i += kFp8Block)
@@ -89,6 +110,36 @@ INLINE void round_row(const float* x, float step, float most, int64_t n, int8_t*
   }
 }
 
+// Of a row rounded with this step, the squared error. Sums are exact where step and weights are few bits of like size.
+INLINE double error_of(const float* x, float step, int64_t n) {
+  typedef double Wide __attribute__((vector_size(2 * VECTOR_BYTES)));
+  const Vec steps = splat(step), top = splat(127.0f), magic = splat(kRounds);
+  Wide sums{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load_at(x, i, n);
+    Vec q = (v / steps + magic) - magic;
+    q = select(q > top, top, select(q < -top, -top, q));
+    const Wide error = __builtin_convertvector(v, Wide) - __builtin_convertvector(q, Wide) * double(step);
+    sums += error * error;
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  return sum;
+}
+
+// The step of a row of FP8 or FP4 with the least error: the power of two that covers it, half of that, or `full`.
+INLINE float grid_step(const float* x, float full, int64_t n) {
+  if (full != full) return full;
+  const float covers = power_at_least(full), steps[3] = {covers, covers / 2, full};
+  float best = covers;
+  double least = error_of(x, covers, n);
+  for (int i = 1; i < 3 && least > 0.0; ++i) {
+    const double error = error_of(x, steps[i], n);
+    if (error < least) least = error, best = steps[i];
+  }
+  return best;
+}
+
 INLINE V16 look_up(V16 table, V16 index) {
 #if defined(__clang__)
   V16 out;
@@ -103,7 +154,6 @@ INLINE V16 max_bytes(V16 a, V16 b) { return a > b ? a : b; }
 
 // FP4's eight magnitudes and their negatives in steps, as bytes: the whole of a group's rounding is a look-up.
 INLINE V16 fp4_table(float scale, float step, float most) {
-  constexpr float kMagnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   V16 table{};
   for (int i = 0; i < 8; ++i) {
     float v = (kMagnitudes[i] * scale / step + kRounds) - kRounds;
@@ -114,9 +164,19 @@ INLINE V16 fp4_table(float scale, float step, float most) {
   return table;
 }
 
+// grid_step of a row of FP4. Without decoding it, where each group's steps of a half are whole ones of the power of two.
+INLINE float fp4_grid_step(const Requantize& call, int64_t row, float full, float* wide) {
+  const int64_t groups = call.cols / kFp4Group;
+  const uint8_t* scale = call.scale + row * groups;
+  uint8_t least = 255;
+  for (int64_t g = 0; g < groups; ++g) least = scale[g] < least ? scale[g] : least;
+  if (full == full && 0.5f * ue8m0(least) >= power_at_least(full)) return power_at_least(full);
+  expand_row(call, row, wide);
+  return grid_step(wide, full, call.cols);
+}
+
 // A row of FP4 to integers, one a byte, in order.
-INLINE void requantize_fp4_row(const Requantize& call, int64_t row, int8_t* out) {
-  constexpr float kMagnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+INLINE void requantize_fp4_row(const Requantize& call, int64_t row, float* wide, int8_t* out) {
   const int64_t groups = call.cols / kFp4Group;
   const uint8_t* in = call.weight + row * call.cols / 2;
   const uint8_t* scale = call.scale + row * groups;
@@ -134,7 +194,9 @@ INLINE void requantize_fp4_row(const Requantize& call, int64_t row, int8_t* out)
       amax = value > amax || value != value ? value : amax;
       if (amax != amax) break;
     }
-    const float step = *steps++ = step_of(call, amax);
+    float step = step_of(call, amax);
+    if (call.on_grid) step = fp4_grid_step(call, row, step, wide);
+    *steps++ = step;
     for (int64_t g = first; g < first + a_step; ++g) {
       const V16 table = fp4_table(ue8m0(scale[g]), step, most);
       const V16 bytes = *reinterpret_cast<const V16U*>(in + 16 * g);
@@ -147,12 +209,14 @@ INLINE void requantize_fp4_row(const Requantize& call, int64_t row, int8_t* out)
 }
 
 INLINE void requantize_row(const Requantize& call, int64_t row, float* wide, int8_t* out) {
-  if (call.format == WeightFormat::fp4) return requantize_fp4_row(call, row, out);
+  if (call.format == WeightFormat::fp4) return requantize_fp4_row(call, row, wide, out);
   const float most = call.bits == 8 ? 127.0f : 7.0f;
   expand_row(call, row, wide);
   float* steps = call.scales + row * (call.cols / call.group);
   for (int64_t i = 0; i < call.cols; i += call.group) {
-    const float step = *steps++ = step_of(call, largest(wide + i, call.group));
+    float step = step_of(call, largest(wide + i, call.group));
+    if (call.on_grid) step = grid_step(wide + i, step, call.group);
+    *steps++ = step;
     round_row(wide + i, step, most, call.group, out + i);
   }
 }

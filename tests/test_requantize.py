@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from upwell.formats.fp4 import quantize_fp4
-from upwell.formats.fp8 import quantize_fp8
+from upwell.formats.fp4 import dequantize_fp4, quantize_fp4
+from upwell.formats.fp8 import dequantize_fp8, quantize_fp8
 from upwell.ops import native
+from upwell.ops.linear import dense_weight
 from upwell.ops.requantize import plain_requantize, requantize, usable
 
 
@@ -43,6 +44,44 @@ def test_the_kernel_is_the_plain_operation(
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp4"])
+def test_scales_on_the_sources_grid(isa: str, kind: str) -> None:
+    for rows, cols in ((130, 160), (2, 32), (6, 288)):
+        weight, scale = source(kind, rows, cols)
+        ours, usual = requantize(weight, scale, 8, on_grid=True), requantize(weight, scale, 8)
+        if kind == "bf16":  # which has none
+            assert torch.equal(ours.scale, usual.scale)
+            continue
+        plain = plain_requantize(weight, scale, 8, None, False, 0, True)
+        assert torch.equal(ours.codes, plain.codes) and torch.equal(ours.scale, plain.scale)
+        mantissa, _ = torch.frexp(ours.scale)
+        assert ((mantissa == 0.5) | (ours.scale == usual.scale)).all()
+        assert (ours.scale > usual.scale / 2).all() and (ours.scale < 2 * usual.scale).all()
+        exact = dense_weight(weight, scale, torch.float64)
+        errors = [(made.codes * made.scale[:, None].double() - exact).square().sum(1) for made in (ours, usual)]
+        assert (errors[0] <= errors[1]).all() and (rows < 100 or errors[0].sum() < 0.9 * errors[1].sum())
+
+
+def test_fp4_becomes_int8_without_an_error(isa: str) -> None:
+    dense = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1))  # rows of V4-Flash's length
+    packed, scale = quantize_fp4(dense)
+    ours = requantize(packed, scale, 8, on_grid=True)
+    assert torch.equal(ours.codes.float() * ours.scale[:, None], dequantize_fp4(packed, scale))
+    dense[:, 7] *= 100  # one group's scale is far from the others': there is an error, the same in both
+    packed, scale = quantize_fp4(dense)
+    ours, plain = requantize(packed, scale, 8, on_grid=True), plain_requantize(packed, scale, 8, None, False, 0, True)
+    assert torch.equal(ours.codes, plain.codes) and torch.equal(ours.scale, plain.scale)
+    assert not torch.equal(ours.codes.float() * ours.scale[:, None], dequantize_fp4(packed, scale))
+
+
+def test_fp8_has_half_the_error_on_its_grid(isa: str) -> None:
+    weight, scale = quantize_fp8(torch.randn(256, 4096, generator=torch.Generator().manual_seed(1)))
+    exact = dequantize_fp8(weight, scale)
+    ours, usual = requantize(weight, scale, 8, on_grid=True), requantize(weight, scale, 8)
+    errors = [float((made.codes * made.scale[:, None] - exact).square().mean()) for made in (ours, usual)]
+    assert errors[0] < 0.7 * errors[1], errors
+
+
 def test_odd_columns_by_row(isa: str) -> None:
     for kind in ("f32", "bf16", "fp8"):
         weight, scale = source(kind, 5, 131)
@@ -69,7 +108,8 @@ def test_what_is_no_number_shows_in_its_scale_alone(isa: str) -> None:
     scale4[3, 1] = 255
     for weight, scale, wrong in ((dense, None, [1, 2]), (fp8, scale8, [1]), (fp4, scale4, [3])):
         ours, plain = requantize(weight, scale, 4), plain_requantize(weight, scale, 4, None, False, 0)
-        for made in (ours, plain):
+        on_grid = requantize(weight, scale, 8, on_grid=True), plain_requantize(weight, scale, 8, None, False, 0, True)
+        for made in (ours, plain, *on_grid):
             assert [i for i in range(4) if not made.scale[i].isfinite()] == wrong
         good = [i for i in range(4) if i not in wrong]
         assert torch.equal(ours.codes[good], plain.codes[good])

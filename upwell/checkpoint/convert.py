@@ -51,7 +51,7 @@ class Conversion:
     target_dir: Path
     to: Target
     layout: Layout = "upwell"
-    recipe: str = "vllm-ascend"
+    recipe: str = "upwell"
     shards: int | None = None
     jobs: int | None = None
     calibration: Sequence[Sequence[int]] | None = None

@@ -32,10 +32,10 @@ QUANT_TYPES: dict[str | None, str] = {"int8": "W8A8_DYNAMIC", "int4": "W4A8_DYNA
 
 def integer_piece(
     name: str, shape: tuple[int, ...], integer: Integer, layout: Layout,
-    read: Callable[[], tuple[Tensor, Tensor | None]], to_int4: Rounded | None = None,
+    read: Callable[[], tuple[Tensor, Tensor | None]], on_grid: bool, to_int4: Rounded | None = None,
 ) -> Piece:  # fmt: skip
-    """The tensors of weight `name` [out, in]; `read` gives it and its scale as ops.linear.linear takes them. INT4 is
-    rounded by `to_int4`, to nearest where there is none.
+    """The tensors of weight `name` [out, in]; `read` gives it and its scale as ops.linear.linear takes them. INT8's
+    scales are as ops.requantize has them; INT4 is rounded by `to_int4`, to nearest where there is none.
 
     Raises CheckpointError where its shape doesn't fit the format, and when made where it holds a NaN.
     """
@@ -53,7 +53,7 @@ def integer_piece(
             codes, scale = to_int4(dense if finite else torch.zeros_like(dense), group)
             made = int4_integers(codes, scale if group is None else scale.bfloat16(), by_rows, blocks)
         else:
-            made = requantize(*read(), 8 if integer == "int8" else 4, group, by_rows, blocks)
+            made = requantize(*read(), 8 if integer == "int8" else 4, group, by_rows, blocks, on_grid)
             finite = bool(made.scale.isfinite().all())
         if not finite:
             raise CheckpointError(f"{name}: the source holds numbers that aren't finite", "download it again")

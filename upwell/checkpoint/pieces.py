@@ -15,7 +15,7 @@ from upwell.checkpoint.geometry import Slot, fp4_packed_shape, fp4_scale_shape, 
 from upwell.checkpoint.integers import Rounded, integer_piece
 from upwell.checkpoint.load import DTYPES
 from upwell.checkpoint.match import INTEGER_SCALE, Plan, Weight
-from upwell.checkpoint.recipes import INTEGER_TARGETS, Layout, Target, integer_format
+from upwell.checkpoint.recipes import INTEGER_TARGETS, RECIPES, Layout, Target, integer_format
 from upwell.checkpoint.save import Piece
 from upwell.checkpoint.shards import Stored
 from upwell.errors import CheckpointError
@@ -127,7 +127,8 @@ def _matrix(
     """A matrix or one expert's weight in the target's format."""
     integer = integer_format(name, to, recipe)
     if integer is not None:
-        return integer_piece(name, slot.shape, integer, layout, partial(reader.stored, weight), to_int4)
+        read, on_grid = partial(reader.stored, weight), RECIPES[recipe].on_grid
+        return integer_piece(name, slot.shape, integer, layout, read, on_grid, to_int4)
     if to == "bf16" or to in INTEGER_TARGETS:
         return Piece(((name, "BF16", slot.shape),), lambda: (reader.dense(weight, torch.bfloat16),))
     base, cols = name.removesuffix("weight"), slot.shape[-1]

@@ -21,7 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("target", type=Path, metavar="DST", help="a new directory")
     parser.add_argument("--to", required=True, choices=TARGETS, help="the format to write")
     parser.add_argument("--layout", default="upwell", choices=LAYOUTS, help="whose loader is to read it")
-    parser.add_argument("--recipe", default="vllm-ascend", choices=tuple(RECIPES), help="which weights become integers")
+    parser.add_argument("--recipe", default="upwell", choices=tuple(RECIPES),
+                        help="which weights become integers, and how (default: upwell)")  # fmt: skip
     parser.add_argument("--calibration", type=Path, metavar="FILE",
                         help="prompts (.jsonl) or a text (.txt) that INT4 experts are rounded for (slow)")  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N", help="how many files (default: of about 4 GB)")

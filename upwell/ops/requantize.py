@@ -31,31 +31,36 @@ class _Call(ctypes.Structure):
     _fields_ = [
         ("weight", c_void_p), ("scale", c_void_p),
         *((name, c_int64) for name in (
-            "rows", "cols", "format", "bits", "group", "bf16_scales", "pack_rows", "blocks")),
+            "rows", "cols", "format", "bits", "group", "bf16_scales", "on_grid", "pack_rows", "blocks")),
         ("codes", c_void_p), ("scales", c_void_p), ("sums", c_void_p),
     ]  # fmt: skip
 
 
 def requantize(
     weight: Tensor, scale: Tensor | None, bits: Literal[8, 4], group: int | None = None, pack_rows: bool = False,
-    blocks: int = 0,
+    blocks: int = 0, on_grid: bool = False,
 ) -> Integers:  # fmt: skip
     """weight and scale as ops.linear.linear takes them, [out, in] -> integers by row, INT4 also by `group` columns.
+
+    `on_grid`: FP8's and FP4's scales are powers of two, and so INT8's are to be (formats/int8.py); other weights have
+    no such grid.
 
     INT4 is packed by columns [out, in/2] (formats/int4.py), or by rows [out/2, in]: byte [j, i] is rows 2j (low nibble)
     and 2j + 1. sums: the integers' sums over each of `blocks` equal parts of a row. A NaN makes its scale NaN.
     """
+    on_grid = on_grid and scale is not None and scale.dtype == torch.uint8
     if usable(weight, scale, group):
-        return _native(weight, scale, bits, group, pack_rows, blocks)
-    return plain_requantize(weight, scale, bits, group, pack_rows, blocks)
+        return _native(weight, scale, bits, group, pack_rows, blocks, on_grid)
+    return plain_requantize(weight, scale, bits, group, pack_rows, blocks, on_grid)
 
 
 def plain_requantize(
-    weight: Tensor, scale: Tensor | None, bits: Literal[8, 4], group: int | None, pack_rows: bool, blocks: int
-) -> Integers:
+    weight: Tensor, scale: Tensor | None, bits: Literal[8, 4], group: int | None, pack_rows: bool, blocks: int,
+    on_grid: bool = False,
+) -> Integers:  # fmt: skip
     dense = dense_weight(weight, scale, torch.float32)
     if bits == 8:
-        codes, steps = quantize_int8(dense)
+        codes, steps = quantize_int8(dense, on_grid)
         return Integers(codes, steps, _sums(codes, blocks))
     steps = int4_scale(dense, group)
     return int4_integers(round_to_int4(dense, steps), steps, pack_rows, blocks)
@@ -83,11 +88,11 @@ def usable(weight: Tensor, scale: Tensor | None, group: int | None) -> bool:
 
 def _kernel() -> Any:
     """The C function; None where there are no kernels, or only ones built before it."""
-    return getattr(native.library(), "upwell_requantize", None)
+    return getattr(native.library(), "upwell_requantize_weight", None)
 
 
 def _native(
-    weight: Tensor, scale: Tensor | None, bits: int, group: int | None, pack_rows: bool, blocks: int
+    weight: Tensor, scale: Tensor | None, bits: int, group: int | None, pack_rows: bool, blocks: int, on_grid: bool
 ) -> Integers:  # fmt: skip
     rows, cols = weight.shape
     cols *= 2 if weight.dtype == PACKED else 1
@@ -103,7 +108,7 @@ def _native(
     at = None if scale is None else scale.data_ptr()
     call = _Call(
         weight.data_ptr(), at, rows, cols, _FORMATS[weight.dtype], bits, group, by_group,
-        pack_rows and bits == 4, blocks, codes.data_ptr(), scales.data_ptr(), sums.data_ptr(),
+        on_grid and bits == 8, pack_rows and bits == 4, blocks, codes.data_ptr(), scales.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     kernel = _kernel()
     assert kernel is not None
