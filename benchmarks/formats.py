@@ -1,9 +1,11 @@
 """What each format of `upwell convert` costs nano in quality: perplexity, distance from the source, right answers.
 
-    python benchmarks/formats.py --json benchmarks/results/formats.json      # --jobs 2: two formats at once
+    python benchmarks/formats.py --json benchmarks/results/formats.json      # --jobs 2: two processes
 
 The texts are generated questions on domains that training never saw, with their plans; calibration reads others, on the
-training's domains. Answers are judged on benchmarks/questions. Every format is held against the source.
+training's domains. Answers are judged on benchmarks/questions. Every format is held against the source. A run that was
+stopped goes on with the formats that it hasn't finished, if the same is asked for again: the others' numbers lie beside
+the record, in formats.json.part, until all are there.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from upwell.bench.evaluate import describe
@@ -24,15 +26,17 @@ from upwell.nano.heldout import write_prompts
 
 HERE = Path(__file__).parent
 FORMATS: dict[str, list[str]] = {
-    "bf16": ["--to", "bf16"],
-    "fp8": ["--to", "fp8"],
+    "w8a8-upwell": ["--to", "w8a8", "--recipe", "upwell"],
     "w8a8-vllm-ascend": ["--to", "w8a8", "--recipe", "vllm-ascend"],
     "w8a8-msmodelslim": ["--to", "w8a8", "--recipe", "msmodelslim"],
     "w4a8-plain": ["--to", "w4a8"],
     "w4a8-calibrated": ["--to", "w4a8", "--calibration", "{calibration}"],
     "w4a16-plain": ["--to", "w4a16"],
     "w4a16-calibrated": ["--to", "w4a16", "--calibration", "{calibration}"],
+    "bf16": ["--to", "bf16"],
+    "fp8": ["--to", "fp8"],
 }
+TOGETHER = 3  # formats that one process measures against one run of the source
 UPWELL = [sys.executable, "-m", "upwell.cli"]
 
 
@@ -46,7 +50,36 @@ def evaluate(source: Path, models: list[Path], data: Path, questions: bool) -> d
     asked = ["--questions", str(HERE / "questions")] if questions else []
     command = [*UPWELL, "eval", *map(str, models), "--against", str(source), "--data", str(data), *asked, "--json"]
     record: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    for row in record["rows"]:
+        row["model"] = Path(row["model"]).name
     return record
+
+
+class Finished:
+    """Records of the formats that are done, in a file beside the one that is to be written, under what was asked."""
+
+    def __init__(self, target: Path | None, asked: list[Any]) -> None:
+        self.file = None if target is None else target.with_name(f"{target.name}.part")
+        self.asked, self.records, self.lock = asked, list[dict[str, Any]](), Lock()
+        if self.file is not None and self.file.is_file():
+            held = json.loads(self.file.read_text(encoding="utf-8"))
+            self.records = held["records"] if held["asked"] == asked else []
+
+    def formats(self) -> set[str]:
+        return {row["model"] for record in self.records for row in record["rows"]}
+
+    def add(self, record: dict[str, Any]) -> None:
+        with self.lock:
+            self.records.append(record)
+            if self.file is not None:
+                document = json.dumps({"asked": self.asked, "records": self.records})
+                temporary = self.file.with_suffix(".tmp")
+                temporary.write_text(document, encoding="utf-8")
+                temporary.replace(self.file)
+
+    def remove(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -58,26 +91,26 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with a part of the formats (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     args = parser.parse_args()
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in args.model.glob("*.safetensors")]
+    finished = Finished(args.json, [str(args.model), weights, args.texts, args.questions])
+    left = [name for name in args.formats if name not in finished.formats()]
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(directory)
         write_prompts(work / "plans.jsonl", args.texts)
         write_prompts(work / "calibration.jsonl", 128, training=True)
-        models = [convert(args.model, work, name) for name in args.formats]
-        # By turns, so that each process has some that run in the kernels and some that don't.
-        parts = [part for part in (models[k :: args.jobs] for k in range(args.jobs)) if part]
-        with ThreadPoolExecutor(len(parts)) as pool:
-            records = list(
-                pool.map(lambda part: evaluate(args.model, part, work / "plans.jsonl", args.questions), parts)
-            )
-    rows = {Path(row["model"]).name: row for record in records for row in record["rows"]}
-    record = records[0] | {"benchmark": "formats", "command": ["python", *sys.argv]}
-    record["seconds"] = round(time.perf_counter() - began)
+
+        def measure(names: list[str]) -> None:
+            models = [convert(args.model, work, name) for name in names]
+            finished.add(evaluate(args.model, models, work / "plans.jsonl", args.questions))
+
+        parts = [left[k : k + TOGETHER] for k in range(0, len(left), TOGETHER)]
+        list(pool.map(measure, parts))
+    rows = {row["model"]: row for record in finished.records for row in record["rows"]}
+    record = finished.records[0] | {"benchmark": "formats", "command": ["python", *sys.argv]}
     record["rows"] = [rows[args.model.name], *(rows[name] for name in args.formats)]
-    for row in record["rows"]:
-        row["model"] = Path(row["model"]).name
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    finished.remove()
     print(describe(record["rows"]))
 
 
