@@ -50,7 +50,7 @@ def dense(model: Transformer) -> dict[str, Tensor]:
 
 
 def assert_rounded(ours: Tensor, weight: Tensor, to: str, name: str, on_grid: bool = True) -> None:
-    """Half a step of the format that `name` has in the target; of INT8 `on_grid`, no more in all than those would be."""
+    """Half a step of the format that `name` has in the target; of INT8 `on_grid`, no more in all than that."""
     routed = ".experts." in name
     groups = 1 if to != "w4a16" or not routed else weight.shape[1] // 32
     steps = 127 if to == "w8a8" or not routed else 7

@@ -207,17 +207,77 @@ def test_errors_are_one_line(
     assert len(said_in_all) == 1 and said in said_in_all[0]
 
 
-def test_formats_benchmark_knows_every_format() -> None:
-    sys.path.insert(0, str(QUESTIONS.parent))
-    try:
-        import formats
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(QUESTIONS.parent)
+
+
+def test_formats_benchmark_knows_every_format(benchmark_modules: None) -> None:
+    import formats
+
     from upwell.checkpoint.recipes import RECIPES, TARGETS
 
     named = {flags[1] for flags in formats.FORMATS.values()}
     assert {"bf16", "fp8", "w8a8", "w4a8", "w4a16"} == named <= set(TARGETS)
     assert set(RECIPES) <= {flag for flags in formats.FORMATS.values() for flag in flags}
+
+
+def test_formats_benchmark_goes_on_where_it_was_stopped(
+    benchmark_modules: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import formats
+
+    measured: list[list[str]] = []
+
+    def evaluate(source: Path, models: list[Path], data: Path, questions: bool) -> dict[str, object]:
+        names = [model.name for model in models]
+        measured.append(names)
+        if "fp8" in names and len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"rows": [{"model": name, "run": len(measured)} for name in (source.name, *names)]}
+
+    monkeypatch.setattr(formats, "convert", lambda source, work, name: work / name)
+    monkeypatch.setattr(formats, "evaluate", evaluate)
+    monkeypatch.setattr(formats, "write_prompts", lambda *_, **__: None)
+    monkeypatch.setattr(formats, "describe", str)
+    record = tmp_path / "formats.json"
+    asked = ["w4a8-plain", "w8a8-upwell", "w4a16-plain", "fp8"]
+    monkeypatch.setattr(sys, "argv", ["formats.py", "--formats", *asked, "--json", str(record)])
+    with pytest.raises(KeyboardInterrupt):
+        formats.main()
+    assert not record.exists()
+    formats.main()
+    assert measured == [asked[:3], asked[3:], asked[3:]]
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["model"], row["run"]) for row in rows[1:]] == [*((name, 1) for name in asked[:3]), ("fp8", 3)]
+    assert [file.name for file in tmp_path.iterdir()] == ["formats.json"]
+
+
+def test_plans_are_read_whole_or_by_their_completion(benchmark_modules: None) -> None:
+    import plans
+
+    whole, completions = plans.read_plans(nano_path(), 3, whole=True), plans.read_plans(nano_path(), 3)
+    for of_all, of_plan in zip(whole, completions, strict=True):
+        assert of_all.begin == 1 and not of_all.completion and of_plan.completion
+        assert of_all.ids[: of_plan.begin] == of_plan.ids[: of_plan.begin] and of_plan.begin > 20
+
+
+def test_ratio_of_divergences_has_its_interval(benchmark_modules: None) -> None:
+    import plans
+
+    def scores(kl: torch.Tensor) -> Scores:
+        return Scores(torch.ones(len(kl)), kl, kl, torch.empty(0), kl.double(), kl)
+
+    generator = torch.Generator().manual_seed(0)
+    other = torch.rand(400, generator=generator)
+    model = other * (0.5 + 0.2 * torch.randn(400, generator=generator))
+    found = plans.kl_ratio(scores(model), scores(other))
+    expected = float(model.sum() / other.sum())
+    # The ratio's spread by the delta method.
+    spread = float((model - expected * other).std() / other.mean() / 400**0.5)
+    assert found["ratio"] == pytest.approx(expected, rel=1e-6)
+    assert found["low"] == pytest.approx(expected - 1.96 * spread, abs=0.2 * spread)
+    assert found["high"] == pytest.approx(expected + 1.96 * spread, abs=0.2 * spread)
 
 
 def test_other_tokenizers_are_refused(tiny: Path) -> None:
