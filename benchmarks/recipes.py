@@ -116,7 +116,8 @@ def main() -> None:
     record |= {"synthetic": synthetic()}
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    lines = [["recipe", "MB", "KL", *(f"of {other}'s" for other in OTHERS), "same choice", "routed experts' error", "rows exact"]]
+    ratios = [f"of {other}'s" for other in OTHERS]
+    lines = [["recipe", "MB", "KL", *ratios, "same choice", "routed experts' error", "rows exact"]]
     for row in rows:
         routed = row["weights"]["routed experts"]
         ratios = ["{ratio:.2f} ({low:.2f} to {high:.2f})".format(**row["kl_of"][other]) for other in OTHERS]
