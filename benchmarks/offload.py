@@ -1,6 +1,6 @@
 """Decode with experts paged in from disk, in less memory than the model takes, against what the disk allows.
 
-    python benchmarks/offload.py DIR [--limit 4GiB] [--expert-memory 1GiB 2GiB 3GiB] [--json OUT]
+    python benchmarks/offload.py DIR [--limit 4GiB] [--expert-memory 1GiB 1536MiB 2GiB] [--json OUT]
 
 DIR gets a checkpoint at V4-Flash's layer geometry (hidden 4096, 256 experts, official FP4/FP8 formats), about 10 GiB,
 in the order in which safetensors writes; it is made once and deleted at the end unless --keep. A process with
@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--limit", default="4GiB", help="RLIMIT_DATA of the process (default: 4GiB)")
-    parser.add_argument("--expert-memory", nargs="+", default=["1GiB", "2GiB", "3GiB"])
+    parser.add_argument("--expert-memory", nargs="+", default=["1GiB", "1536MiB", "2GiB"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24, help="tokens a round (default: 24)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint")

@@ -53,6 +53,9 @@ extern "C" {
 // Name of the instruction set in use.
 const char* upwell_isa() { return upwell::current->name; }
 
+// Whether it multiplies FP4 by integer products of bytes.
+int upwell_byte_dots() { return upwell::current->kernels->byte_dots; }
+
 // Forces one: 0, or -1 where this machine or build lacks it.
 int upwell_set_isa(const char* name) {
   for (const auto& c : upwell::choices)

@@ -8,7 +8,7 @@
 #if defined(__x86_64__)
 constexpr bool kShorts = true;
 INLINE VecI dot_pairs(VecI sum, VecI a, VecI b) {  // sum + a.low b.low + a.high b.high, halves of each lane
-#if VECTOR_BYTES == 64 && defined(__AVX512VNNI__)
+#if defined(UPWELL_VNNI)
   return reinterpret_cast<VecI>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
                                                     reinterpret_cast<__m512i>(b)));
 #elif VECTOR_BYTES == 64

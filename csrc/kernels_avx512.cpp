@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 // After the standard headers: their inline functions must stay runnable everywhere.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+// g++ reads a file before it heeds the pragma: no __AVX2__ here, so what the set has is said by name.
+#define UPWELL_BYTE_DOTS 1
 #define VECTOR_BYTES 64
 namespace upwell::avx512 {
 #include "all.h"

@@ -80,11 +80,11 @@ struct Inputs {
   }
 };
 
-#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
-#define UPWELL_BYTE_DOTS 1
-#include "packed_bytes.h"
-#else
+#ifndef UPWELL_BYTE_DOTS
 #define UPWELL_BYTE_DOTS 0
+#endif
+#if UPWELL_BYTE_DOTS
+#include "packed_bytes.h"
 #endif
 
 constexpr int64_t packed_row_bytes(int64_t cols) {  // of one prepared row: floats, or bytes with their sums and scales

@@ -21,7 +21,7 @@ INLINE ByteVec look_up(ByteVec table, ByteVec nibbles) { return _mm512_shuffle_e
 INLINE ByteVec low_nibbles(ByteVec v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 INLINE ByteVec high_nibbles(ByteVec v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 INLINE VecI dot_bytes(VecI acc, ByteVec a, ByteVec x, ByteVec b, ByteVec y) {
-#if defined(__AVX512VNNI__)
+#if defined(UPWELL_VNNI)
   return VecI(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(__m512i(acc), a, x), b, y));
 #else
   const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(a, x), _mm512_maddubs_epi16(b, y));

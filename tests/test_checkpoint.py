@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from upwell.checkpoint.match import plan_checkpoint
 from upwell.checkpoint.names import canonical_name, from_official, hf_name, official_name
 from upwell.checkpoint.save import hf_config
 from upwell.config import PRESETS, ModelConfig, Yarn
+from upwell.engine import LLM
 from upwell.errors import CheckpointError, ConfigError, InputError, UpwellError
 from upwell.formats.fp4 import dequantize_fp4, quantize_fp4
 from upwell.formats.fp8 import dequantize_fp8, quantize_fp8
@@ -428,3 +430,28 @@ def test_damage_is_found_before_anything_is_allocated(good: Path, tmp_path: Path
         plan_checkpoint(path)
     code = f"import sys; from pathlib import Path; from upwell.checkpoint.match import plan_checkpoint\ntry: plan_checkpoint(Path({str(path)!r}))\nexcept Exception as e: sys.exit('torch' in sys.modules)"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_large_bf16_matrices_stay_as_they_are_in_an_fp32_model_on_a_cpu(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(2, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    for official in (True, False):
+        place = tmp_path / str(official)
+        save_checkpoint(deepcopy(model).bfloat16(), place, "official" if official else "transformers", quantize=False)
+        widened = load_model(place, dtype=torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr("upwell.checkpoint.load._LARGE", 1)
+            kept = load_model(place, dtype=torch.float32)
+        experts = kept.layers[1].ffn.experts
+        assert experts.w13.dtype == experts.w2.dtype == kept.head.weight.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert relative(kept(ids), widened(ids)) < 1e-5
+
+
+def test_an_llm_on_a_cpu_computes_in_fp32_whatever_the_checkpoint_is_in(model: Transformer, tmp_path: Path) -> None:
+    """BF16 would go by plain PyTorch, an order of magnitude slower than the kernels."""
+    save_checkpoint(deepcopy(model).bfloat16(), tmp_path)
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    assert LLM(tmp_path, device="cpu").model.dtype == torch.float32
+    assert LLM(tmp_path, device="cpu", dtype=torch.bfloat16).model.dtype == torch.bfloat16

@@ -125,3 +125,10 @@ def test_every_code_has_its_value(isa: str, kind: str) -> None:
         sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     expected = torch.tensor(sizes + [-s for s in sizes])
     assert torch.equal(got[0].nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9))
+
+
+def test_every_set_but_the_baseline_multiplies_fp4_by_bytes(isa: str) -> None:
+    """g++ defines no __AVX2__ after `#pragma GCC target`: once, code that asked for it was never compiled."""
+    if (library := native.library()) is not None:
+        running = library.upwell_isa().decode()
+        assert library.upwell_byte_dots() == (running != "baseline")

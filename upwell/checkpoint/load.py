@@ -48,6 +48,7 @@ DTYPES = {
 }
 
 _LINE = 64
+_LARGE = 256 << 20  # bytes
 
 
 def load_model(
@@ -236,10 +237,12 @@ class _Filler:
             setattr(module, leaf, self._parameter(value) if leaf in module._parameters else value)
 
     def _stays_mapped(self, module: nn.Module, value: Tensor) -> bool:
-        """Large BF16 matrices (the output head) in an FP32 model on a CPU: reading them is what a step costs, and the
-        product is the same as with a widened copy."""
-        widened = self.dtype == torch.float32 and self.device.type == "cpu"
-        return widened and isinstance(module, Linear) and value.nbytes >= 256 << 20
+        return isinstance(module, Linear) and self._stays_narrow(value.nbytes)
+
+    def _stays_narrow(self, nbytes: int) -> bool:
+        """Large BF16 matrices (the output head, experts) in an FP32 model on a CPU: reading them is what a step costs,
+        and the product is the same as with a widened copy."""
+        return self.dtype == torch.float32 and self.device.type == "cpu" and nbytes >= _LARGE
 
     def _dtype_of(self, kind: Kind) -> torch.dtype:
         if kind in ("float", "norm") or (kind == "router" and self.official):
@@ -254,8 +257,9 @@ class _Filler:
             (first, last), inter = self.shard.inter, up.shape[1] // 2
             up = torch.cat((up[:, first:last], up[:, inter + first : inter + last]), dim=1)
             down = down[:, :, first:last].contiguous()
-        module.w13 = self._parameter(up.to(self.device, self.dtype))
-        module.w2 = self._parameter(down.to(self.device, self.dtype))
+        dtype = up.dtype if self._stays_narrow(up.nbytes) else self.dtype
+        module.w13 = self._parameter(up.to(self.device, dtype))
+        module.w2 = self._parameter(down.to(self.device, dtype))
 
     def _set_experts(self, module: Experts, held: tuple[int, ...], parts: dict[str, list[Weight]]) -> None:
         cuts: dict[str, Cut | None] = dict.fromkeys(("w1", "w2", "w3"))
@@ -271,8 +275,11 @@ class _Filler:
             module.quantize_input = self.official
             return
         # Dense experts are stacked: one product per expert over a contiguous stack, and trainable.
-        w13 = torch.empty(module.w13.shape, dtype=self.dtype, device=self.device)
-        w2 = torch.empty(module.w2.shape, dtype=self.dtype, device=self.device)
+        dtype = self.dtype
+        if scale is None and self._stays_narrow(module.w13.numel() * 2):
+            dtype = DTYPES[parts["w1"][0][0].dtype]
+        w13 = torch.empty(module.w13.shape, dtype=dtype, device=self.device)
+        w2 = torch.empty(module.w2.shape, dtype=dtype, device=self.device)
         inter = w13.shape[1] // 2
         for place, e in enumerate(held):
             w13[place, :inter] = self._decoded(parts["w1"][e], cuts["w1"])

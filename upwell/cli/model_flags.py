@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="V4 checkpoint directory (default: upwell-nano)")
     add_device_flag(parser)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    parser.add_argument("--dtype", default="auto",
+                        help="auto (FP32 on a CPU, else the checkpoint's), float32, bfloat16, float16")  # fmt: skip
     add_offload_flags(parser)
 
 

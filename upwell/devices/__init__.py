@@ -34,7 +34,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str) -> torch.dtype | None:
-    """'auto' (None: as the checkpoint has it), 'float32', 'bfloat16' or 'float16'. Raises InputError."""
+    """'float32', 'bfloat16' or 'float16'; None of 'auto': FP32 on a CPU, else as the checkpoint has it. Raises
+    InputError."""
     if name == "auto":
         return None
     if name not in DTYPES:

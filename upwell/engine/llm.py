@@ -40,7 +40,8 @@ class LLM:
 
     offload "experts=host" leaves the routed experts in host memory, computed there; "experts=disk" pages them in, with
     at most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
-    dtype None: as the checkpoint has it (nano: FP32). numerics "official" rounds activations as the official code does.
+    dtype None: FP32 on a CPU, which is what its kernels compute in; else as the checkpoint has it. numerics "official"
+    rounds activations as the official code does.
     `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
 
     tp, ep: so many processes, each with a part of the model (docs/parallel.md): tp splits heads and inner widths, ep
@@ -75,8 +76,6 @@ class LLM:
 
         sharing.follow_if_told()
         where = nano_path() if path is None else Path(path)
-        if path is None and dtype is None:
-            dtype = torch.float32  # small enough, and what the CPU kernels compute in
         load = None if expert_load is None else Path(expert_load)
         shared = sharing.open_model(where, device, dtype, numerics, tp, ep, load, redundant_experts, away)
         try:

@@ -25,8 +25,8 @@ class TokenLogprob:
 
 @dataclass(slots=True)  # frozen ones take several times as long to make
 class Delta:
-    """What one step added to completion `index` of a request. `text` may lag behind `token_ids`: a character's bytes
-    or the start of a stop string are held back until it is clear what they are."""
+    """What a step, or a few, added to completion `index` of a request. `text` may lag behind `token_ids`: a character's
+    bytes or the start of a stop string are held back until it is clear what they are."""
 
     index: int
     text: str = ""
@@ -34,6 +34,11 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: UpwellError | None = None
+
+    def then(self, later: Delta) -> Delta:
+        """This and the one that followed it as one."""
+        return Delta(self.index, self.text + later.text, self.token_ids + later.token_ids,
+                     self.logprobs + later.logprobs, later.finish_reason, later.error)  # fmt: skip
 
 
 @dataclass

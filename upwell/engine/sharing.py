@@ -55,8 +55,11 @@ def open_model(
         names = layer_names(config)
         if load.exists():
             counted = ExpertLoad.read(load, names, config.n_routed_experts)
+    where = resolve_device(device)
+    if dtype is None and where.type == "cpu":
+        dtype = torch.float32  # what its kernels compute in; packed weights and large BF16 ones stay as they are
     if max(tp, ep) == 1:
-        model = load_model(path, dtype=dtype, device=resolve_device(device), numerics=numerics, offload=offload)
+        model = load_model(path, dtype=dtype, device=where, numerics=numerics, offload=offload)
         if load is None:
             return OpenModel(model, lambda: None)
         counts = model.count_experts()

@@ -62,10 +62,10 @@ def grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2
     up_weights, down_weights = w13.unbind(0), w2.unbind(0)  # one gradient tensor, not one a slice
 
     def up(rows: Tensor, e: int) -> Tensor:
-        return F.linear(rows, up_weights[e])
+        return F.linear(rows, up_weights[e].to(rows.dtype))  # large BF16 ones of an FP32 model stay as they are
 
     def down(rows: Tensor, e: int) -> Tensor:
-        return F.linear(rows, down_weights[e])
+        return F.linear(rows, down_weights[e].to(rows.dtype))
 
     return _by_expert(x, experts, weights, w13.shape[0], up, down, limit)
 

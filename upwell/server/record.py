@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class RequestRecord:
     gone: bool = False  # the client left before the end
     prompt: Any = None  # kept only where it is asked for
     traceparent: str | None = None
-    on_interval: Callable[[float], None] | None = None  # seconds between two tokens of a choice
+    on_interval: Callable[[float], None] | None = None  # seconds a token, from one arrival of a choice's to the next
 
     async def count(self, reply: Reply) -> AsyncGenerator[list[Piece], None]:
         """The reply's pieces as they come, counted; leaving early ends the reply."""
@@ -49,19 +50,22 @@ class RequestRecord:
                 now = time.monotonic()
                 if self.scheduled is None:
                     self.scheduled = reply.scheduled()
+                arrived: Counter[int] = Counter()
                 for piece in pieces:
                     if piece.tokens:
-                        self._count(piece, now, last.get(piece.index))
-                        last[piece.index] = now
+                        arrived[piece.index] += piece.tokens
+                        self._count(piece, now)
                     if piece.finish_reason is not None:
                         self.finish_reasons.append(piece.finish_reason)
+                for index, tokens in arrived.items():
+                    if self.on_interval is not None and index in last:
+                        self.on_interval((now - last[index]) / tokens)
+                    last[index] = now
                 yield pieces
 
-    def _count(self, piece: Piece, now: float, before: float | None) -> None:
+    def _count(self, piece: Piece, now: float) -> None:
         if self.first_token is None:
             self.first_token = now
-        if self.on_interval is not None and before is not None:
-            self.on_interval((now - before) / piece.tokens)
         self.completion_tokens += piece.tokens
         # A piece with the last of the reasoning and the first of the answer counts for the answer.
         if piece.events and all(isinstance(part, Reasoning) for part in piece.events):

@@ -23,6 +23,8 @@ from upwell.engine.stats import EngineStats
 from upwell.errors import InputError
 from upwell.server.errors import ContextLengthError
 
+STREAM_INTERVAL = 0.05  # seconds between two events of a stream: what comes faster than anyone reads comes together
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -196,7 +198,7 @@ class ModelResponder:
         if params.max_tokens is None:
             params = replace(params, max_tokens=room)
         if self._office is None:
-            self._office = PostOffice(self.thread, asyncio.get_running_loop())
+            self._office = PostOffice(self.thread, asyncio.get_running_loop(), STREAM_INTERVAL)
         inbox = Inbox()
         running = self.thread.engine.request(ids, params, self._office.sink(inbox), timeout=self._timeout)
         self.thread.submit(running)
@@ -231,9 +233,7 @@ class ModelResponder:
 class _Output:
     """One completion's deltas, parsed."""
 
-    def __init__(
-        self, decode: Callable[..., str], stops: Sequence[str], parser: ReplyParser, parallel: bool
-    ) -> None:
+    def __init__(self, decode: Callable[..., str], stops: Sequence[str], parser: ReplyParser, parallel: bool) -> None:
         self._decode, self._stops, self._parser, self._parallel = decode, stops, parser, parallel
         self._ids: list[int] = []
 
