@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
 
+from upwell.analyst.associations import known_word
 from upwell.analyst.literals import find_dates, find_numbers, find_ordinals, find_texts
 from upwell.analyst.mentions import ColumnIndex, Token, tokenize
 from upwell.analyst.schema import ColumnKind, TableProfile
@@ -169,6 +170,8 @@ class Linker:
                 for tail in tails:
                     if (known := stem(base + tail)) in self.value_words:
                         return known
+        if known_word(word):  # "cheaper" is no slip for "cheapest"
+            return None
         found = self.typos.find(word) or self.typos.find(stem(word))
         return stem(found) if found else None
 
