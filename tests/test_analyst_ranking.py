@@ -112,7 +112,8 @@ def test_when_asks_for_a_day() -> None:
 
 def test_counting_the_rows_is_not_missing() -> None:
     drawn = {Plan("noans", reason="missing"): 0.9}
-    assert rank(drawn, asked("how many packages are there", TOOLS))[0] == Plan("aggregate", measures=(Measure("count"),))
+    counted = Plan("aggregate", measures=(Measure("count"),))
+    assert rank(drawn, asked("how many packages are there", TOOLS))[0] == counted
 
 
 @pytest.mark.parametrize("drawn", [{}, {Plan("noans", reason="notdata"): 1.0}])
