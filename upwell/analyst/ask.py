@@ -1,8 +1,8 @@
 """A question about a table, answered: link, ask the model for a plan, compile it, run it, say how it was read.
 
 The model only ever chooses among plans that the grammar allows for this table. It is asked under several column
-orders at once; the plan with the most probability over them, weighed by how much of the question it uses, wins, and
-that weight is the confidence.
+orders at once; its plans and those near them are weighed by its probabilities and by the question's own words
+(analyst/ranking.py), which also gives the confidence.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from upwell.analyst.evidence import support
+from upwell.analyst.evidence import Asked
 from upwell.analyst.grammar import PlanGrammar, State
 from upwell.analyst.linking import link
 from upwell.analyst.plan import Plan, parse_plan
 from upwell.analyst.prompt import render_prompt
 from upwell.analyst.query import run_query
+from upwell.analyst.ranking import rank
 from upwell.analyst.reading import describe
 from upwell.analyst.rules import Draft, choose_columns, draft_plan
 from upwell.analyst.schema import TableProfile
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
 Status = Literal["answer", "unsure", "refused"]
 
-SURE = 0.65  # confidence from which a reading counts as sure
-# Weight of the keyword rules' own reading beside the model's probabilities, by whether they understood every word.
-DRAFT = {True: 0.8, False: 0.4}
+SURE = 0.75  # confidence from which a reading counts as sure
 ORDERS = 4  # column orders a question is asked under
 DRAWS = 3  # further plans drawn in each order, as candidates
 MAX_PLAN_TOKENS = 64
@@ -61,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reading:
-    """One plan and the probability the model gives it."""
+    """One plan and the probability that it is right."""
 
     plan: Plan
     confidence: float
@@ -125,20 +124,15 @@ class Asker:
                       reading.confidence, message)  # fmt: skip
 
     def read(self, profile: TableProfile, linked: LinkedQuestion) -> Reading:
-        """One question's best-supported plan."""
+        """One question's likeliest plan."""
         return self.read_all(profile, [linked])[0]
 
     def read_all(self, profile: TableProfile, asked: Sequence[LinkedQuestion]) -> list[Reading]:
-        """Each question's best-supported plan: its probability over column orders, a share for the draft, weighed by
-        how much of the question it uses."""
+        """Each question's likeliest plan."""
         drafts = [draft_plan(profile, linked) for linked in asked]
         readings = []
-        for linked, draft, candidates in zip(asked, drafts, self.candidates(profile, asked, drafts), strict=True):
-            share = DRAFT[draft.sure]
-            candidates[draft.plan] = candidates.get(draft.plan, 0.0) + share
-            weights = {plan: p * support(plan, linked) / (1 + share) for plan, p in candidates.items()}
-            best = max(weights, key=lambda plan: weights[plan])
-            readings.append(Reading(best, weights[best]))
+        for linked, draft, drawn in zip(asked, drafts, self.candidates(profile, asked, drafts), strict=True):
+            readings.append(Reading(*rank(drawn, Asked(profile, linked, draft))))
         return readings
 
     def candidates(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
 
+from upwell.analyst.associations import known_word
 from upwell.analyst.literals import find_dates, find_numbers, find_ordinals, find_texts
 from upwell.analyst.mentions import ColumnIndex, Token, tokenize
 from upwell.analyst.schema import ColumnKind, TableProfile
@@ -25,7 +26,7 @@ from upwell.analyst.slots import (
     TextSlot,
     ValueSlot,
 )
-from upwell.analyst.words import COMMON, TOKEN, TypoIndex, stem
+from upwell.analyst.words import ASK, COMMON, TOKEN, UNIT_OF, TypoIndex, stem
 
 MAX_MARKED = 3  # columns marked behind one span
 _KIND_RANK = {ColumnKind.CAT: 0, ColumnKind.KEY: 1, ColumnKind.TEXT: 2}
@@ -105,6 +106,10 @@ class Linker:
         named = [{c for m in mentions if m.first <= i <= m.last for c in m.columns}
                  for i in range(len(tokens))]  # fmt: skip
         matches = self._find_values(question, tokens, stems, named, [span for span, _ in quoted])
+        # "usd" within "usd rate" is a word of the column's name.
+        matches = [m for m in matches if not any(
+            not c.partial and c.first <= m.first and m.last <= c.last and c.last - c.first > m.last - m.first
+            for c in mentions)]  # fmt: skip
         marks: list[Mark] = []
         taken: list[tuple[int, int]] = []  # characters whose digits are no numbers
         for mention in mentions:
@@ -135,6 +140,7 @@ class Linker:
         for k, (span, _) in enumerate(numbers[:MAX_NUMBERS]):
             marks.append(Mark("N", k, start=span[0], end=span[1]))
         literal = [(span, TextSlot(text.text, self._holders(text.text))) for span, text in quoted]
+        marks += self._units(question, numbers, marks)
         texts = sorted(literal + self._part_texts(tokens, named, matches, quoted),
                        key=lambda item: item[0])[:MAX_TEXTS]  # fmt: skip
         for k, (span, text) in enumerate(texts):
@@ -164,6 +170,8 @@ class Linker:
                 for tail in tails:
                     if (known := stem(base + tail)) in self.value_words:
                         return known
+        if known_word(word):  # "cheaper" is no slip for "cheapest"
+            return None
         found = self.typos.find(word) or self.typos.find(stem(word))
         return stem(found) if found else None
 
@@ -207,6 +215,11 @@ class Linker:
         word, text = token.lower, token.text
         if any(start <= token.start and token.end <= end for start, end in quotes):
             return entries
+        if token.stem in self.columns.table:  # the rows' own noun: "how many moons" doesn't ask about the Moon
+            entries = [e for e in entries if e[1].strip().lower() == word]
+            if i == 0 or tokens[i - 1].lower != "the":
+                return []
+        entries = [e for e in entries if self._inflects(word, e)]
         beside = {c for j in (i - 2, i - 1, i + 1, i + 2) if 0 <= j < len(tokens) for c in named[j]}
         near = [entry for entry in entries if entry[0] in beside]
         if word.isdigit() and len(word) < 5 and word[0] != "0":
@@ -218,8 +231,20 @@ class Linker:
             return exact
         if word not in COMMON:
             return entries
+        if word in ASK and _stands_as_name(i, tokens):  # "how many options does find have"
+            near = near or [e for e in entries if e[1].strip().lower() == word and
+                            self.profile.columns[e[0]].kind is ColumnKind.KEY]  # fmt: skip
         capital = text[0].isupper() and i > 0
         return [e for e in entries if e in near or (capital and e[1].strip() == text)]
+
+    def _inflects(self, word: str, entry: tuple[int, str]) -> bool:
+        """Whether a word may stand for a cell that shares its stem. A name isn't conjugated: "packages" is no row
+        called "packaging"; a category may be ("cancelled" for "cancel")."""
+        if self.profile.columns[entry[0]].kind is ColumnKind.CAT:
+            return True
+        cell = entry[1].strip().lower()
+        known = stem(cell) != stem(word)  # by a typo or as a demonym, which _known_stem has weighed
+        return known or cell == word or cell.rstrip("s") == word.rstrip("s") or _singular(word) == _singular(cell)
 
     def _value_slot(
         self,
@@ -262,13 +287,30 @@ class Linker:
                 found.append((span, number))
         return found
 
+    def _units(self, question: str, numbers: list[tuple[tuple[int, int], NumberSlot]], marks: list[Mark]) -> list[Mark]:
+        """A unit behind a number is a loose sign of the only column whose name ends in it: "200 kb" of size_kb."""
+        found = []
+        for (_, end), _ in numbers:
+            unit = TOKEN.match(question, end + (question[end : end + 1] == " "))
+            if unit is None or any(m.kind == "C" and m.start < unit.end() and unit.start() < m.end for m in marks):
+                continue
+            columns = self.columns.measured_in.get(UNIT_OF.get(unit[1].lower(), ""), ())
+            if len(columns) == 1 and not any(m.kind == "C" and columns[0] in m.columns for m in marks):
+                found.append(Mark("C", 0, tuple(columns), True, unit.start(1), unit.end(1)))
+        return found
+
     def _holders(self, text: str) -> tuple[int, ...]:
         """Columns of names whose cells hold these words, as a part or as all of a cell."""
         parts = [stem(word) for word in TOKEN.findall(text.lower())]
         if not parts:
             return ()
         within = set.intersection(*(self.part_words.get(part, set()) for part in parts))
-        return tuple(sorted(within | {c for c, _ in self.values.get(tuple(parts), ())}))
+        held = within | {c for c, _ in self.values.get(tuple(parts), ())}
+        if not held:  # no word of its own: "starts with py"
+            said = text.lower()
+            held = {i for i, column in enumerate(self.profile.columns) if column.kind is ColumnKind.KEY
+                    and column.is_text and any(said in value.lower() for value in column.values)}  # fmt: skip
+        return tuple(sorted(held))
 
     def _part_texts(
         self,
@@ -292,6 +334,22 @@ class Linker:
             text = TextSlot(self.value_words[token.stem], tuple(sorted(columns)))
             found.append(((token.start, token.end), text))
         return found
+
+
+def _singular(word: str) -> str:
+    return stem(word) if word.endswith(("s", "x")) else word
+
+
+_NAME_BEFORE = frozenset("does did do is was has of for called named".split())
+_NAME_BEHIND = frozenset("have get take come need use cost weigh and in or".split())
+
+
+def _stands_as_name(i: int, tokens: list[Token]) -> bool:
+    """Whether a common word stands where a row's name would: "does find have", "the size of last?"."""
+    if i == 0 or tokens[i - 1].lower not in _NAME_BEFORE:
+        return False
+    behind = tokens[i + 1].lower if i + 1 < len(tokens) else ""
+    return not behind or behind in _NAME_BEHIND or behind.endswith("ed")
 
 
 def _by_span(item: tuple[tuple[int, int], NumberSlot]) -> tuple[tuple[int, int], float]:

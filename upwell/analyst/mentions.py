@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from upwell.analyst.schema import TableProfile
-from upwell.analyst.words import ASK, COMMON, STOP, TOKEN, UNITS, TypoIndex, stem
+from upwell.analyst.words import ASK, COMMON, STOP, TOKEN, UNIT_OF, UNITS, TypoIndex, stem
 
 # Two letters fit too many words to be guessed; these are what headers commonly shorten so.
 _TWO_LETTERS = {
@@ -21,6 +21,7 @@ _TWO_LETTERS = {
         ("st", "street"), ("tz", "timezone"), ("rt", "rate"), ("sz", "size"), ("gb", "gigabyte"),
     )
 }  # fmt: skip
+_COUNTS = frozenset("n nr num cnt".split())  # "n_files" are files
 _MAX_GAP = 2  # stop words allowed inside a mention: "length of the sepal"
 
 
@@ -53,8 +54,10 @@ class Mention:
 
 
 def telling_words(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The stems of a name's words without stop words and a trailing unit."""
+    """The stems of a name's words without stop words, a counting prefix (n_files) and a trailing unit."""
     kept = [word for word in words if word not in STOP]
+    if len(kept) > 1 and kept[0] in _COUNTS:
+        kept.pop(0)
     while len(kept) > 1 and kept[-1] in UNITS:
         kept.pop()
     return tuple(dict.fromkeys(stem(word) for word in kept or words))
@@ -86,6 +89,10 @@ class ColumnIndex:
             for word in words:
                 if 3 <= len(word) <= 5:
                     self.by_initials.setdefault(word, []).append(c)
+        self.measured_in: dict[str, list[int]] = {}  # unit -> the quantities whose name ends in it
+        for c, words in enumerate(self.names):
+            if len(words) > 1 and words[-1] in UNIT_OF and profile.columns[c].is_numeric:
+                self.measured_in.setdefault(UNIT_OF[words[-1]], []).append(c)
         self.plain = {word: part for word, part in plain.items() if part in self.by_stem}
         self.typos = TypoIndex(set(self.plain))
         self._loose: dict[str, tuple[str, ...]] = {}
@@ -199,6 +206,8 @@ def _resolve(
             continue
         if columns:
             ranked = sorted(columns, key=lambda c: (-shares[c], c))
+            if shares[ranked[0]] == 1.0:  # "options" is all of n_opts and half of has_long_opts
+                ranked = [c for c in ranked if shares[c] == 1.0]
             mentions.append(Mention(*span, tuple(ranked), partial=True))
     mentions.sort(key=lambda m: (m.last, m.partial, m.first))
     return mentions

@@ -172,3 +172,12 @@ UNITS = frozenset(
     days mph kmh kph kwh mwh kw mw gb mb kb tb hz khz mhz ghz c f k l ml sqft sqm m2 km2 m3 deg
     degree degrees pa hpa psi v w""".split()
 )
+
+_SPELLINGS = """kg kilo kilos kilogram kilograms; g gram grams; lb lbs pound pounds; cm centimeter centimeters
+centimetre centimetres; mm millimeter millimeters; m meter meters metre metres; km kilometer kilometers kilometre
+kilometres; mi mile miles; ft feet foot; in inch inches; min mins minute minutes; s sec secs second seconds; h hr hrs
+hour hours; d day days; wk week weeks; mo month months; yr yrs year years; ms; kb kilobyte kilobytes; mb megabyte
+megabytes; gb gigabyte gigabytes; usd dollar dollars; eur euro euros; gbp; pct percent; l liter liters litre litres;
+ml; kw; kwh; mph; kmh kph; hz; c degrees; ha hectare hectares"""
+# A unit's spellings -> the first of them.
+UNIT_OF = {word: group.split()[0] for group in _SPELLINGS.split(";") for word in group.split()}

@@ -58,7 +58,8 @@ def faults(item: dict[str, Any], connection: duckdb.DuckDBPyConnection) -> list[
 
 
 def main() -> int:
-    lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    files = [HERE / f"{name}.jsonl" for name in ("questions", "hard")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     items = [json.loads(line) for line in lines]
     connection = duckdb.connect()
     bad, loaded = 0, ""
