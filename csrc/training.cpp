@@ -66,6 +66,8 @@ void upwell_train_experts_backward(upwell::ExpertsTraining* call) {
   upwell::run_team(upwell::kernels().experts_backward, call);
 }
 
+void upwell_train_loss(upwell::LossTraining* call) { upwell::run_team(upwell::kernels().loss, call); }
+
 void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t rows, int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
     upwell::kernels().attention_forward(*call, from, to, upwell::workspace(*call));

@@ -85,6 +85,17 @@ struct ExpertsTraining {
   float *shared_hidden, *shared_grad_inner;  // [T, shared I], [T, 2 * shared I]: scratch
 };
 
+// The mean cross-entropy of the tokens that count, from the head's inputs: logits = x weight^T. Mirrored by
+// ops/loss_autograd.py.
+struct LossTraining {
+  int64_t tokens, dim, vocab, block;  // block: tokens whose logits there is room for
+  float share;                        // of a token in the mean
+  const float *x, *weight;            // [T, D], [V, D]
+  const int64_t* targets;             // [T]; negative: doesn't count
+  float* logits;                      // [block, V up to an odd number of lines]: scratch
+  float *losses, *grad_x, *grad_weight;  // [T], [T, D], [V, D]
+};
+
 // mHC around a sublayer, for one number of streams h. n = (2 + h) h.
 struct StreamKernels {
   // x [T, h, D]; fn [n, hD] and its transpose [hD, n up to whole lines]; base [n], scale [3]. Makes dots [T, n],
@@ -126,7 +137,7 @@ struct TrainingKernels {
   void (*swiglu_backward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                           const float* grad, float* grad_gate, float* grad_up, int64_t grad_row, float* hidden,
                           float* grad_weights, int64_t dim, int64_t from, int64_t to);
-  Body linear_forward, linear_backward, experts_forward, experts_backward;  // whole calls
+  Body linear_forward, linear_backward, experts_forward, experts_backward, loss;  // whole calls
   StreamKernels streams[kMaxStreams];  // for 1 .. kMaxStreams streams
 };
 

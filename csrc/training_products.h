@@ -14,7 +14,7 @@ INLINE int64_t part_from(int64_t index, int64_t part, int64_t n, int64_t* size) 
   return begin;
 }
 
-// One part of grad_w [out, in] = grad_y^T x over all tokens.
+// One part of grad_w [out, in] (+)= grad_y^T x over all tokens.
 struct WeightGrad {
   const float* grad_y;
   int64_t grad_row;
@@ -22,6 +22,7 @@ struct WeightGrad {
   int64_t x_row;
   float* grad_w;
   int64_t out, in, tokens;
+  bool add = false;
 
   int64_t units() const { return parts_of(out, kGradRows) * parts_of(in, kGradColumns); }
   void run(int64_t unit, float* workspace) const {
@@ -29,7 +30,7 @@ struct WeightGrad {
     int64_t rows, columns;
     const int64_t i = part_from(unit / across, kGradRows, out, &rows);
     const int64_t j = part_from(unit % across, kGradColumns, in, &columns);
-    gemm({grad_y + i, 1, grad_row, x + j, x_row, 1, grad_w + i * in + j, in, rows, columns, tokens, false}, workspace);
+    gemm({grad_y + i, 1, grad_row, x + j, x_row, 1, grad_w + i * in + j, in, rows, columns, tokens, add}, workspace);
   }
 };
 

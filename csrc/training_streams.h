@@ -302,4 +302,5 @@ constexpr StreamKernels stream_kernels = {enter_forward<H>, enter_backward<H>, l
 const TrainingKernels training = {
     train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_swiglu_forward,
     train_swiglu_backward, train_linear_forward, train_linear_backward, train_experts_forward, train_experts_backward,
+    train_loss,
     {stream_kernels<1>, stream_kernels<2>, stream_kernels<3>, stream_kernels<4>}};

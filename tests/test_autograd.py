@@ -20,6 +20,7 @@ from upwell.ops import (
     hc_autograd,
     hyper_connections,
     linear_autograd,
+    loss_autograd,
     moe,
     moe_autograd,
     moe_native,
@@ -223,6 +224,34 @@ def test_linear_maps_match_the_definition(tokens: int, inputs: int, outputs: tup
     assert_one_thread_gives_the_same(ours, tensors)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dim", "vocab", "room"),
+    [(1, 5, 7, 0), (40, 24, 33, 1 << 20), (600, 64, 300, 0), (1100, 20, 530, 1 << 19)],
+)
+def test_head_loss_matches_the_definition(
+    tokens: int, dim: int, vocab: int, room: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block of tokens and in several; some tokens don't count."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, dim, generator=generator) for n in (tokens, vocab))
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    targets[1::5] = loss_autograd.IGNORED
+    if kernels == "plain":
+        assert not linear_autograd.usable(x, weight)
+        return
+    monkeypatch.setattr(loss_autograd, "_BLOCK_FLOATS", room)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return loss_autograd.head_loss(x, weight, targets)
+
+    assert_same(ours, lambda x, w: torch.nn.functional.cross_entropy(x @ w.t(), targets), [x, weight], False)
+    assert_one_thread_gives_the_same(ours, [x, weight])
+    for wrong in (-1, vocab):
+        targets[0] = wrong
+        with pytest.raises(IndexError, match="outside the vocabulary"):
+            ours(x, weight)
+
+
 @pytest.mark.parametrize(("tokens", "h", "dim"), [(1, 4, 30), (300, 4, 64), (37, 2, 17)])
 def test_head_collapse_matches_the_definition(tokens: int, h: int, dim: int, kernels: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -315,9 +344,10 @@ def test_model_gradients_match_the_plain_path(monkeypatch: pytest.MonkeyPatch) -
         for block in model.layers:
             if block.attn.indexer is not None:
                 block.attn.indexer.topk = 1 << 30
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(ids)
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            loss = model.loss(model.streams(ids), targets.flatten())
+        loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     plain, plain_bf16 = run(False), run(True)
