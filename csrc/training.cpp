@@ -83,17 +83,53 @@ void upwell_train_attention_backward(const upwell::AttentionTraining* call, floa
   });
 }
 
+void upwell_train_pool_forward(const upwell::PoolTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts,
+                   [&](int64_t, int64_t from, int64_t to) { upwell::kernels().pool_forward(*call, from, to); });
+}
+
+void upwell_train_pool_backward(const upwell::PoolTraining* call, float* grad_ape, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().pool_backward(*call, grad_ape + part * call->ratio * call->width, from, to);
+  });
+}
+
+void upwell_train_routing_forward(const upwell::RoutingTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts,
+                   [&](int64_t, int64_t from, int64_t to) { upwell::kernels().routing_forward(*call, from, to); });
+}
+
+void upwell_train_routing_backward(const upwell::RoutingTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts,
+                   [&](int64_t, int64_t from, int64_t to) { upwell::kernels().routing_backward(*call, from, to); });
+}
+
+// Counting sort of `pairs` (token, place) by expert: each sorted row's token and weight, each pair's row, and where each
+// of n experts' rows begin.
+void upwell_train_group(const int64_t* chosen, const float* weights, int64_t k, int64_t n, int64_t pairs,
+                        int64_t* source, int64_t* back, int64_t* bounds, float* row_weights) {
+  std::memset(bounds, 0, sizeof(int64_t) * size_t(n + 1));
+  for (int64_t p = 0; p < pairs; ++p) ++bounds[chosen[p] + 1];
+  for (int64_t e = 0; e < n; ++e) bounds[e + 1] += bounds[e];
+  std::vector<int64_t> next(bounds, bounds + n);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const int64_t row = back[p] = next[size_t(chosen[p])]++;
+    source[row] = p / k, row_weights[row] = weights[p];
+  }
+}
+
 void upwell_train_norm_forward(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
-                               int64_t rows, int64_t parts) {
+                               const upwell::Turn* turn, int64_t rows, int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
-    upwell::kernels().norm_forward(x, weight, out, scale, dim, eps, from, to);
+    upwell::kernels().norm_forward(x, weight, out, scale, dim, eps, *turn, from, to);
   });
 }
 
 void upwell_train_norm_backward(const float* x, const float* weight, const float* scale, const float* grad,
-                                float* grad_x, int64_t dim, float* grad_weight, int64_t rows, int64_t parts) {
+                                float* grad_x, int64_t dim, const upwell::Turn* turn, float* grad_weight, int64_t rows,
+                                int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, grad_weight + part * dim, from, to);
+    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, *turn, grad_weight + part * dim, from, to);
   });
 }
 

@@ -1,22 +1,53 @@
 // Training's operations row by row, FP32: RMSNorm and SwiGLU, forward and backward in one pass each.
 // Included in each instruction set's namespace.
 
-// x, out [rows, dim]; weight [dim] or null; scale [rows]: 1 / rms, kept for the backward pass.
+// f(k, part) for each vector of a row of `dim` floats, part of it at the end.
+template <class F>
+INLINE void each_vector(int64_t dim, F f) {
+  int64_t k = 0;
+  for (; k + kLanes <= dim; k += kLanes) f(k, kLanes);
+  if (k < dim) f(k, int(dim - k));
+}
+INLINE Vec load_some(const float* p, int part) { return part == kLanes ? load(p) : load_part(p, part); }
+INLINE void store_some(float* p, Vec v, int part) {
+  if (part == kLanes) store(p, v);
+  else store_part(p, v, part);
+}
+
+// Pairs of x as complex numbers, turned by a row's angles, or back.
+INLINE void turn_row(float* x, const Turn& turn, int64_t row, float direction) {
+  const int64_t pairs = turn.pairs, at = row % turn.rows * pairs;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1], cosine = turn.cos[at + i], sine = turn.sin[at + i] * direction;
+    x[2 * i] = a * cosine - b * sine, x[2 * i + 1] = a * sine + b * cosine;
+  }
+}
+
+// x, out [rows, dim], the last 2 * turn.pairs of out turned; weight [dim] or null; scale [rows]: 1 / rms, kept for the
+// backward pass.
 static void train_norm_forward(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
-                               int64_t from, int64_t to) {
+                               const Turn& turn, int64_t from, int64_t to) {
   for (int64_t row = from; row < to; ++row) {
     const float* in = x + row * dim;
     const float r = scale[row] = 1.0f / std::sqrt(dot(in, in, dim) / float(dim) + eps);
     if (weight == nullptr) map(out + row * dim, in, dim, [&](Vec v, int64_t) { return v * r; });
     else map(out + row * dim, in, dim, [&](Vec v, int64_t i) { return v * r * load_at(weight, i, dim); });
+    if (turn.pairs > 0) turn_row(out + (row + 1) * dim - 2 * turn.pairs, turn, row, 1.0f);
   }
 }
 
 // grad_weight [dim] is added to (unused without a weight).
 static void train_norm_backward(const float* x, const float* weight, const float* scale, const float* grad,
-                                float* grad_x, int64_t dim, float* grad_weight, int64_t from, int64_t to) {
+                                float* grad_x, int64_t dim, const Turn& turn, float* grad_weight, int64_t from,
+                                int64_t to) {
   for (int64_t row = from; row < to; ++row) {
     const float *in = x + row * dim, *g = grad + row * dim;
+    if (turn.pairs > 0) {
+      float* turned = training_workspace(dim);
+      std::memcpy(turned, g, sizeof(float) * dim);
+      turn_row(turned + dim - 2 * turn.pairs, turn, row, -1.0f);
+      g = turned;
+    }
     const float r = scale[row];
     float mean;
     if (weight == nullptr) {

@@ -2,20 +2,6 @@
 // Streams X [T, H, D]; `dots` [T, (2+H)H] is fn @ flatten(X). The small functions of a token (gates, Sinkhorn) run for
 // a vector of tokens at once, one a lane. After training_attention.h in each instruction set's namespace.
 
-
-// f(k, part) for each vector of a row of `dim` floats, part of it at the end.
-template <class F>
-INLINE void each_vector(int64_t dim, F f) {
-  int64_t k = 0;
-  for (; k + kLanes <= dim; k += kLanes) f(k, kLanes);
-  if (k < dim) f(k, int(dim - k));
-}
-INLINE Vec load_some(const float* p, int part) { return part == kLanes ? load(p) : load_part(p, part); }
-INLINE void store_some(float* p, Vec v, int part) {
-  if (part == kLanes) store(p, v);
-  else store_part(p, v, part);
-}
-
 // Columns (sums over rows i) or rows of C [H, H] divided by their sums, which are kept for the backward pass.
 template <int H, bool Columns>
 INLINE void normalise(Vec* c, float eps, Vec* sums) {
@@ -300,7 +286,8 @@ template <int H>
 constexpr StreamKernels stream_kernels = {enter_forward<H>, enter_backward<H>, leave_forward<H>, leave_backward<H>};
 
 const TrainingKernels training = {
-    train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_swiglu_forward,
+    train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_pool_forward,
+    train_pool_backward, train_routing_forward, train_routing_backward, train_swiglu_forward,
     train_swiglu_backward, train_linear_forward, train_linear_backward, train_experts_forward, train_experts_backward,
     train_loss,
     {stream_kernels<1>, stream_kernels<2>, stream_kernels<3>, stream_kernels<4>}};

@@ -16,6 +16,8 @@ from upwell.ops import (
     attention,
     attention_autograd,
     attention_native,
+    compress,
+    compress_native,
     gradients,
     hc_autograd,
     hyper_connections,
@@ -27,6 +29,7 @@ from upwell.ops import (
     native,
     norm_autograd,
     rope_autograd,
+    routing_native,
     training_kernels,
 )
 from upwell.ops.norm import rms_norm
@@ -169,6 +172,61 @@ def test_rope_matches_the_definition(inverse: bool) -> None:
         [x],
         False,
     )
+
+
+@pytest.mark.parametrize("shared_angles", [False, True])
+def test_norm_with_rope_matches_the_definition(shared_angles: bool, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 70, 21, generator=generator), torch.rand(21, generator=generator) + 0.5]
+    cos, sin = rope_angles(torch.randint(0, 99, (70,) if shared_angles else (3, 70)), torch.rand(5))
+    if kernels == "plain":
+        return
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return apply_rope(rms_norm(x, weight, 1e-6), cos, sin)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return norm_autograd.turned_rms_norm(x, weight, 1e-6, cos, sin)
+
+    assert_same(ours, plain, inputs, False)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("steps", "ratio", "dim"), [(4, 4, 16), (31, 4, 21), (300, 128, 8), (1030, 4, 40)])
+def test_pooling_matches_the_definition(steps: int, ratio: int, dim: int, overlap: bool, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width, whole = dim * (1 + overlap), steps // ratio * ratio
+    inputs = [torch.randn(s, generator=generator) for s in (*2 * ((3, steps, width),), (ratio, width))]
+    if kernels == "plain":
+        assert not compress_native.usable(*inputs)
+        return
+
+    def plain(kv: Tensor, gate: Tensor, ape: Tensor) -> Tensor:
+        biased = gate[:, :whole] + ape.repeat(whole // ratio, 1)
+        return compress.pool(kv[:, :whole], biased, None, None, ratio, dim)
+
+    assert_same(lambda *inputs: compress_native.pool(*inputs, dim), plain, inputs, False)
+
+
+@pytest.mark.parametrize("kind", ["bias", "no bias", "table"])
+def test_routing_matches_the_definition(kind: str, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, n, k = 500, 21, 3
+    logits = 6 * torch.randn(tokens, n, generator=generator)
+    logits[7] = logits[7, 0]  # all equal: the first ones win
+    bias = torch.randn(n, generator=generator) if kind == "bias" else None
+    table = torch.rand(tokens, n, generator=generator).argsort(1)[:, :k] if kind == "table" else None
+    if kernels == "plain":
+        return
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        return moe.route(torch.nn.functional.softplus(x).sqrt(), k, 1.5, bias, table)
+
+    def ours(x: Tensor) -> tuple[Tensor, Tensor]:
+        return routing_native.route(x, k, 1.5, bias, table)
+
+    assert torch.equal(ours(logits)[0], plain(logits)[0])
+    assert_same(lambda x: ours(x)[1], lambda x: plain(x)[1], [logits], False)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -37,6 +37,11 @@ def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) 
     return [part[0] if count == 1 else part.sum(0) for part in partial]
 
 
+def run_alone(name: str, *arguments: Argument) -> None:
+    """upwell_train_<name> by the calling thread."""
+    _call(name, *(_convert(a) for a in arguments))
+
+
 def run_whole(name: str, call: ctypes.Structure) -> None:
     """upwell_train_<name> of a whole call, by one team. Tensors behind the call's addresses must stay alive."""
     _call(name, ctypes.byref(call))
