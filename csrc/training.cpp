@@ -76,7 +76,10 @@ void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64
 
 void upwell_train_attention_backward(const upwell::AttentionTraining* call, float* grad_kv, float* grad_entries,
                                      float* grad_sink, int64_t rows, int64_t parts) {
-  const int64_t kv = rows * call->dim, entries = rows / call->steps * call->entry_count * call->dim;
+  // Sums over a sequence's tokens need no copy a part where a part is a sequence.
+  const bool copies = parts != rows / call->steps;
+  const int64_t kv = copies ? rows * call->dim : 0;
+  const int64_t entries = copies ? rows / call->steps * call->entry_count * call->dim : 0;
   upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
     upwell::kernels().attention_backward(*call, grad_kv + part * kv, grad_entries + part * entries,
                                          grad_sink + part * call->heads, from, to, upwell::workspace(*call));
