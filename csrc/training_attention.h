@@ -99,7 +99,7 @@ INLINE float max_lanes(Vec v) {
 #endif
   return larger(v, swap_pairs(v))[0];
 }
-// out[i] = <a_i, b_i> of rows a and b.
+// out[i] = <a_i, b_i> of rows a and b, while the rows after them, the next block's, are fetched.
 static void row_dots(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t dim, int64_t rows,
                      float* out) {
   int64_t i = 0;
@@ -107,7 +107,11 @@ static void row_dots(const float* a, int64_t a_row, const float* b, int64_t b_ro
     Vec sum[4] = {};
     for (int64_t k = 0; k < dim; k += kLanes)
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) sum[n] += load(a + n * a_row + k) * load(b + n * b_row + k);
+      for (int n = 0; n < 4; ++n) {
+        __builtin_prefetch(a + (rows + n) * a_row + k, 0, 2);
+        __builtin_prefetch(b + (rows + n) * b_row + k, 0, 2);
+        sum[n] += load(a + n * a_row + k) * load(b + n * b_row + k);
+      }
     sum_four(sum[0], sum[1], sum[2], sum[3], out + i);
   }
   for (; i < rows; ++i, a += a_row, b += b_row) out[i] = dot(a, b, dim);

@@ -2,6 +2,13 @@
 // Streams X [T, H, D]; `dots` [T, (2+H)H] is fn @ flatten(X). The small functions of a token (gates, Sinkhorn) run for
 // a vector of tokens at once, one a lane. After training_attention.h in each instruction set's namespace.
 
+// Fetches the streams of two tokens on: the hardware's prefetcher starts anew with each page, which is a token or so.
+template <int H>
+INLINE void fetch_streams(const float* x, int64_t dim) {
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) __builtin_prefetch(x + (2 * H + i) * dim, 0, 2);
+}
+
 // Columns (sums over rows i) or rows of C [H, H] divided by their sums, which are kept for the backward pass.
 template <int H, bool Columns>
 INLINE void normalise(Vec* c, float eps, Vec* sums) {
@@ -156,9 +163,12 @@ static void enter_backward(const float* x, const float* fn, const float* base, c
     float inner[H][kLanes] = {}, of_post[H][kLanes] = {}, of_comb[H * H][kLanes] = {};
     for (int lane = 0; lane < lanes; ++lane) {
       const float *xt = x + (t + lane) * H * dim, *gu = grad_u + (t + lane) * dim;
+      const float* past = grad_past + (t + lane) * H * dim;  // soon needed too
       Vec products[H] = {};
       each_vector(dim, [&](int64_t k, int part) {
         const Vec g = load_some(gu + k, part);
+        fetch_streams<H>(xt + k, dim);
+        for (int i = 0; i < H; ++i) __builtin_prefetch(past + i * dim + k, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < H; ++i) products[i] += g * load_some(xt + i * dim + k, part);
       });
@@ -229,6 +239,7 @@ static void leave_forward(const float* x, const float* y, const float* post, con
     const float *xt = x + t * H * dim, *p = post + t * H, *c = comb + t * H * H;
     each_vector(dim, [&](int64_t k, int part) {
       const Vec yk = load_some(y + t * dim + k, part);
+      fetch_streams<H>(xt + k, dim);
       Vec in[H];
 #pragma GCC unroll 8
       for (int i = 0; i < H; ++i) in[i] = load_some(xt + i * dim + k, part);
@@ -254,6 +265,7 @@ static void leave_backward(const float* x, const float* y, const float* post, co
     Vec of_post[H] = {}, of_comb[H * H] = {};
     each_vector(dim, [&](int64_t k, int part) {
       const Vec yk = load_some(y + t * dim + k, part);
+      fetch_streams<H>(xt + k, dim);
       Vec g[H], of_y = zero();
 #pragma GCC unroll 8
       for (int j = 0; j < H; ++j) {
