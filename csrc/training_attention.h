@@ -21,42 +21,44 @@ struct Factors {
 template <int M, int N>
 INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
   Vec sum[M][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
   auto steps = [&](const float* a, const float* b) {
     for (int64_t k = 0; k < depth; ++k) {
       Vec right[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int n = 0; n < N; ++n) right[n] = load(b + k * f.b_row + n * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec left = splat(a[m * f.a_row + k * f.a_step]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
       }
     }
   };
   steps(f.a, f.b);
   if (f.a2 != nullptr) steps(f.a2, f.b2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) store(c + m * c_row + n * kLanes, sum[m][n]);
 }
 
 template <int N>
 static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
-  for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+  constexpr int most = N * 2 > kTileVecs ? kTileRows : 2 * kTileRows;  // a narrow panel leaves registers for more rows
+  for (int64_t tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
     const int64_t count = (rows + tiles - 1) / tiles;
     switch (count) {
-      case 1: tile<1, N>(f, c, c_row, depth, add); break;
-      case 2: tile<2, N>(f, c, c_row, depth, add); break;
-      case 3: tile<3, N>(f, c, c_row, depth, add); break;
-      case 4: tile<4, N>(f, c, c_row, depth, add); break;
-      case 5: tile<5, N>(f, c, c_row, depth, add); break;
-      default: tile<6, N>(f, c, c_row, depth, add);
+#define UPWELL_ROWS(r)                                                 \
+  case r:                                                              \
+    if constexpr (r <= most) tile<r, N>(f, c, c_row, depth, add);      \
+    break;
+      UPWELL_ROWS(1) UPWELL_ROWS(2) UPWELL_ROWS(3) UPWELL_ROWS(4) UPWELL_ROWS(5) UPWELL_ROWS(6)
+      UPWELL_ROWS(7) UPWELL_ROWS(8) UPWELL_ROWS(9) UPWELL_ROWS(10) UPWELL_ROWS(11) UPWELL_ROWS(12)
+#undef UPWELL_ROWS
     }
     f.move(count, 0), c += count * c_row, rows -= count;
   }

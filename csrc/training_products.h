@@ -4,7 +4,7 @@
 
 constexpr int64_t kLinearRows = 512;    // tokens of a unit of work
 constexpr int64_t kGradRows = kTurnedRows;  // a weight gradient's unit: outputs
-constexpr int64_t kGradColumns = 128;   // and inputs
+constexpr int64_t kGradColumns = 128;   // and inputs, or twice as many where there are many outputs
 constexpr int64_t kTrainingExpertRows = 256;    // rows that go through an expert together
 
 INLINE int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
@@ -24,12 +24,13 @@ struct WeightGrad {
   int64_t out, in, tokens;
   bool add = false;
 
-  int64_t units() const { return parts_of(out, kGradRows) * parts_of(in, kGradColumns); }
+  int64_t width() const { return out > 4 * kGradRows ? 2 * kGradColumns : kGradColumns; }
+  int64_t units() const { return parts_of(out, kGradRows) * parts_of(in, width()); }
   void run(int64_t unit, float* workspace) const {
-    const int64_t across = parts_of(in, kGradColumns);
+    const int64_t across = parts_of(in, width());
     int64_t rows, columns;
     const int64_t i = part_from(unit / across, kGradRows, out, &rows);
-    const int64_t j = part_from(unit % across, kGradColumns, in, &columns);
+    const int64_t j = part_from(unit % across, width(), in, &columns);
     gemm({grad_y + i, 1, grad_row, x + j, x_row, 1, grad_w + i * in + j, in, rows, columns, tokens, add}, workspace);
   }
 };

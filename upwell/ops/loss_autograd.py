@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from upwell.ops import training_kernels
 
 IGNORED = -100  # the target of a token that doesn't count, as in PyTorch
-_BLOCK_FLOATS = 4 << 20  # logits at a time: they stay in the last cache
-_MIN_BLOCK = 64  # tokens
+_BLOCK_FLOATS = 17 << 18  # logits at a time: they stay in the last cache
+_MIN_BLOCK, _STEP = 64, 256  # tokens: a block, and what blocks are a multiple of where they are that long (kDepth)
 _LINE = 16  # kTrainingLine
 
 
@@ -39,7 +39,8 @@ class _HeadLoss(torch.autograd.Function):
         (tokens, dim), vocab = x.shape, weight.shape[0]
         counted = int((targets != IGNORED).sum())
         row = (vocab + _LINE - 1) // _LINE * _LINE | _LINE
-        block = min(tokens, max(_MIN_BLOCK, _BLOCK_FLOATS // row))
+        block = _BLOCK_FLOATS // row
+        block = min(tokens, max(_MIN_BLOCK, block - block % _STEP if block > _STEP else block))
         logits, losses = x.new_empty(block, row), x.new_empty(tokens)
         grads = torch.empty_like(x), torch.empty_like(weight)
         addresses = (t.data_ptr() for t in (x, weight, targets, logits, losses, *grads))
