@@ -304,7 +304,10 @@ struct AttentionBlocks {
     for (int64_t row = 0; row < rows; ++row) {
       float* to = a.out + (token() * heads + row) * dim;
       const float factor = 1.0f / sums[row];
-      map(to, made + row * padded, dim, [&](Vec v, int64_t) { return v * factor; });
+      map(to, made + row * padded, dim, [&](Vec v, int64_t k) {
+        __builtin_prefetch(to + rows * dim + k, 1, 2);  // the next block's place
+        return v * factor;
+      });
       const int64_t at = row / heads * whole_lines(a.rope);
       turn_back(to + dim - a.rope, c + at, s + at, a.rope);
     }
@@ -326,8 +329,11 @@ struct AttentionBlocks {
     for (int64_t row = 0; row < rows; ++row) {
       const float r = norms[row], through_norm = sums[row] / dim * r * r, factor = r * scale;
       const float *g = made + row * padded, *in = x + row * dim;
-      map(a.grad_q + (token() * heads + row) * dim, g, dim,
-          [&](Vec v, int64_t i) { return (v - load_at(in, i, dim) * through_norm) * factor; });
+      float* to = a.grad_q + (token() * heads + row) * dim;
+      map(to, g, dim, [&](Vec v, int64_t i) {
+        __builtin_prefetch(to + rows * dim + i, 1, 2);
+        return (v - load_at(in, i, dim) * through_norm) * factor;
+      });
     }
   }
 };

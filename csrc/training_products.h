@@ -182,9 +182,8 @@ static void train_experts_backward(Worker& worker, void* argument) {
       const float* inner = a.shared_inner + t * width;
       float *hidden = a.shared_hidden + t * half, *grad_inner = a.shared_grad_inner + t * width;
       gemm({a.grad + t * a.dim, a.dim, 1, a.shared_w2, half, 1, rest, half, rows, half, a.dim, false}, workspace);
-      train_swiglu_forward(inner, inner + half, width, nullptr, a.limit, hidden, half, 0, rows);
       train_swiglu_backward(inner, inner + half, width, nullptr, a.limit, rest, grad_inner, grad_inner + half, width,
-                            nullptr, nullptr, half, 0, rows);
+                            hidden, nullptr, half, 0, rows);
       float* to = a.y + t * a.dim;
       gemm({grad_inner, width, 1, a.shared_w1, a.dim, 1, to, a.dim, rows, a.dim, half, false}, workspace);
       gemm({grad_inner + half, width, 1, a.shared_w3, a.dim, 1, to, a.dim, rows, a.dim, half, true}, workspace);

@@ -85,7 +85,7 @@ static void train_swiglu_forward(const float* gate, const float* up, int64_t row
   }
 }
 
-// grad [rows, dim] is the gradient of out. Makes those of gate and up (rows `grad_row` apart) and, with weights, the
+// grad [rows, dim] is the gradient of out. Makes those of gate and up (rows `grad_row` apart) and, where wanted, the
 // forward value once more in `hidden` [rows, dim] and the weights' gradient [rows].
 static void train_swiglu_backward(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                                   const float* grad, float* grad_gate, float* grad_up, int64_t grad_row,
@@ -100,16 +100,12 @@ static void train_swiglu_backward(const float* gate, const float* up, int64_t ro
       const Vec s = sigmoid(clipped), silu = clipped * s, slope = load_at(g, i, dim) * weight;
       const int part = dim - i < kLanes ? int(dim - i) : kLanes;
       const Vec of_up = select((raw_up <= limit) & (raw_up >= -limit), slope * silu, zero());
-      if (part == kLanes) store(to_up + i, of_up);
-      else store_part(to_up + i, of_up, part);
-      if (weights != nullptr) {
-        const Vec value = silu * inner;
-        sum += value * load_at(g, i, dim);
-        if (part == kLanes) store(hidden + t * dim + i, value * weight);
-        else store_part(hidden + t * dim + i, value * weight, part);
-      }
+      store_some(to_up + i, of_up, part);
+      const Vec value = silu * inner;
+      sum += value * load_at(g, i, dim);
+      if (hidden != nullptr) store_some(hidden + t * dim + i, value * weight, part);
       return select(raw_gate <= limit, slope * inner * (s + silu * (1.0f - s)), zero());
     });
-    if (weights != nullptr) grad_weights[t] = sum_lanes(sum);
+    if (grad_weights != nullptr) grad_weights[t] = sum_lanes(sum);
   }
 }

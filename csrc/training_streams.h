@@ -2,11 +2,12 @@
 // Streams X [T, H, D]; `dots` [T, (2+H)H] is fn @ flatten(X). The small functions of a token (gates, Sinkhorn) run for
 // a vector of tokens at once, one a lane. After training_attention.h in each instruction set's namespace.
 
-// Fetches the streams of two tokens on: the hardware's prefetcher starts anew with each page, which is a token or so.
-template <int H>
+// Fetches the streams of two tokens on, to read or to write: the hardware's prefetcher starts anew with each page,
+// which is a token or so.
+template <int H, int Write = 0>
 INLINE void fetch_streams(const float* x, int64_t dim) {
 #pragma GCC unroll 8
-  for (int i = 0; i < H; ++i) __builtin_prefetch(x + (2 * H + i) * dim, 0, 2);
+  for (int i = 0; i < H; ++i) __builtin_prefetch(x + (2 * H + i) * dim, Write, 2);
 }
 
 // Columns (sums over rows i) or rows of C [H, H] divided by their sums, which are kept for the backward pass.
@@ -240,6 +241,7 @@ static void leave_forward(const float* x, const float* y, const float* post, con
     each_vector(dim, [&](int64_t k, int part) {
       const Vec yk = load_some(y + t * dim + k, part);
       fetch_streams<H>(xt + k, dim);
+      fetch_streams<H, 1>(out + t * H * dim + k, dim);
       Vec in[H];
 #pragma GCC unroll 8
       for (int i = 0; i < H; ++i) in[i] = load_some(xt + i * dim + k, part);
