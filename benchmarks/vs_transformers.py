@@ -121,8 +121,11 @@ class Ours:
 
         return run
 
-    def train_logits(self, ids: Any) -> Any:
-        return self.model(ids)
+    def loss(self, ids: Any) -> Any:
+        """Mean cross-entropy of every next token of ids [B, S]."""
+        targets = ids.roll(-1, 1)
+        targets[:, -1] = -100  # nothing follows
+        return self.model.loss(self.model.streams(ids), targets.flatten())
 
 
 class Theirs:
@@ -154,8 +157,8 @@ class Theirs:
 
         return run
 
-    def train_logits(self, ids: Any) -> Any:
-        return self.model(ids, use_cache=False).logits
+    def loss(self, ids: Any) -> Any:
+        return self.model(ids, labels=ids, use_cache=False).loss
 
     def tune(self, name: str, run: Callable[[], Any], experts: tuple[str, ...], chunks: tuple[int, ...]) -> None:
         """Keep the fastest of the settings for what comes next, and say so."""
@@ -234,16 +237,14 @@ def check(ours: Ours, theirs: Theirs, ids: Any) -> str:
     return f"{before:.1e} of their scale; under selection {share:.1%} of positions, median {float(after.median()):.1e}"
 
 
-def training(model_logits: Callable[[Any], Any], model: Any, ids: Any) -> Callable[[], None]:
+def training(side: Ours | Theirs, ids: Any) -> Callable[[], None]:
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-4, fused=True)
 
     def run() -> None:
         with torch.enable_grad():
-            logits = model_logits(ids)
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
+            side.loss(ids).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -385,9 +386,9 @@ def main() -> None:
     if args.only in (None, "train"):
         batch = 1 if args.quick else 8
         batch_ids = ids[:batch, :512]
-        run_theirs = training(theirs.train_logits, theirs_model, batch_ids)
+        run_theirs = training(theirs, batch_ids)
         theirs.tune("training", run_theirs, ("eager", "grouped_mm"), (512,))
-        run_ours = training(ours.train_logits, ours_model, batch_ids)
+        run_ours = training(ours, batch_ids)
         times = interleave(run_ours, run_theirs, min(rounds, 5), 2 * budget)
         report.add(f"train {batch}x512", batch * 512, *times)
     if args.json is not None:

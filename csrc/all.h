@@ -16,5 +16,8 @@
 #include "training_gemm.h"
 #include "training_products.h"
 #include "training_attention.h"
+#include "training_loss.h"
+#include "training_routing.h"
+#include "training_pool.h"
 #include "training_streams.h"
 #endif

@@ -48,6 +48,20 @@ INLINE int64_t rank_key(float score, int64_t index) {  // larger is better; of e
   return (int64_t(ordered(score)) << 32) | (0x7fffffff - index);
 }
 
+// The k best of n experts by score, and bias where there is one, the best first.
+template <class Index>
+static void best_experts(const float* scores, const float* bias, int64_t n, int64_t k, Index* chosen) {
+  for (int64_t i = 0; i < k; ++i) {
+    int64_t best = INT64_MIN;
+    for (int64_t e = 0; e < n; ++e) {
+      bool taken = false;
+      for (int64_t j = 0; j < i; ++j) taken |= chosen[j] == e;
+      const int64_t key = rank_key(bias == nullptr ? scores[e] : scores[e] + bias[e], e);
+      if (!taken && key > best) best = key, chosen[i] = Index(e);
+    }
+  }
+}
+
 INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 
 INLINE float unordered(int32_t key) {  // the inverse of `ordered`

@@ -277,19 +277,8 @@ struct LayerPass {
     int32_t* chosen = b.route + t * k;
     map(s, s, m.experts, [&](Vec v, int64_t) { return select(v > 20.0f, v, softplus(v)); });
     for (int64_t e = 0; e < m.experts; ++e) s[e] = std::sqrt(s[e]);
-    for (int64_t i = 0; i < k; ++i) {
-      if (l.tid2eid != nullptr) {
-        chosen[i] = int32_t(l.tid2eid[call.ids[t] * k + i]);
-        continue;
-      }
-      int64_t best = INT64_MIN;
-      for (int64_t e = 0; e < m.experts; ++e) {
-        bool taken = false;
-        for (int64_t j = 0; j < i; ++j) taken |= chosen[j] == e;
-        const int64_t key = rank_key(l.gate_bias != nullptr ? s[e] + l.gate_bias[e] : s[e], e);
-        if (!taken && key > best) best = key, chosen[i] = int32_t(e);
-      }
-    }
+    if (l.tid2eid == nullptr) best_experts(s, l.gate_bias, m.experts, k, chosen);
+    else for (int64_t i = 0; i < k; ++i) chosen[i] = int32_t(l.tid2eid[call.ids[t] * k + i]);
     float total = 0.0f;
     for (int64_t i = 0; i < k; ++i) total += s[chosen[i]];
     for (int64_t i = 0; i < k; ++i) b.route_weights[t * k + i] = s[chosen[i]] / total * float(m.routed_scaling);

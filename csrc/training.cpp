@@ -66,6 +66,8 @@ void upwell_train_experts_backward(upwell::ExpertsTraining* call) {
   upwell::run_team(upwell::kernels().experts_backward, call);
 }
 
+void upwell_train_loss(upwell::LossTraining* call) { upwell::run_team(upwell::kernels().loss, call); }
+
 void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t rows, int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
     upwell::kernels().attention_forward(*call, from, to, upwell::workspace(*call));
@@ -74,24 +76,63 @@ void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64
 
 void upwell_train_attention_backward(const upwell::AttentionTraining* call, float* grad_kv, float* grad_entries,
                                      float* grad_sink, int64_t rows, int64_t parts) {
-  const int64_t kv = rows * call->dim, entries = rows / call->steps * call->entry_count * call->dim;
+  // Sums over a sequence's tokens need no copy a part where a part is a sequence.
+  const bool copies = parts != rows / call->steps;
+  const int64_t kv = copies ? rows * call->dim : 0;
+  const int64_t entries = copies ? rows / call->steps * call->entry_count * call->dim : 0;
   upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
     upwell::kernels().attention_backward(*call, grad_kv + part * kv, grad_entries + part * entries,
                                          grad_sink + part * call->heads, from, to, upwell::workspace(*call));
   });
 }
 
+void upwell_train_pool_forward(const upwell::PoolTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts,
+                   [&](int64_t, int64_t from, int64_t to) { upwell::kernels().pool_forward(*call, from, to); });
+}
+
+void upwell_train_pool_backward(const upwell::PoolTraining* call, float* grad_ape, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().pool_backward(*call, grad_ape + part * call->ratio * call->width, from, to);
+  });
+}
+
+void upwell_train_routing_forward(const upwell::RoutingTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts,
+                   [&](int64_t, int64_t from, int64_t to) { upwell::kernels().routing_forward(*call, from, to); });
+}
+
+void upwell_train_routing_backward(const upwell::RoutingTraining* call, int64_t rows, int64_t parts) {
+  upwell::in_parts(rows, parts,
+                   [&](int64_t, int64_t from, int64_t to) { upwell::kernels().routing_backward(*call, from, to); });
+}
+
+// Counting sort of `pairs` (token, place) by expert: each sorted row's token and weight, each pair's row, and where each
+// of n experts' rows begin.
+void upwell_train_group(const int64_t* chosen, const float* weights, int64_t k, int64_t n, int64_t pairs,
+                        int64_t* source, int64_t* back, int64_t* bounds, float* row_weights) {
+  std::memset(bounds, 0, sizeof(int64_t) * size_t(n + 1));
+  for (int64_t p = 0; p < pairs; ++p) ++bounds[chosen[p] + 1];
+  for (int64_t e = 0; e < n; ++e) bounds[e + 1] += bounds[e];
+  std::vector<int64_t> next(bounds, bounds + n);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const int64_t row = back[p] = next[size_t(chosen[p])]++;
+    source[row] = p / k, row_weights[row] = weights[p];
+  }
+}
+
 void upwell_train_norm_forward(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
-                               int64_t rows, int64_t parts) {
+                               const upwell::Turn* turn, int64_t rows, int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
-    upwell::kernels().norm_forward(x, weight, out, scale, dim, eps, from, to);
+    upwell::kernels().norm_forward(x, weight, out, scale, dim, eps, *turn, from, to);
   });
 }
 
 void upwell_train_norm_backward(const float* x, const float* weight, const float* scale, const float* grad,
-                                float* grad_x, int64_t dim, float* grad_weight, int64_t rows, int64_t parts) {
+                                float* grad_x, int64_t dim, const upwell::Turn* turn, float* grad_weight, int64_t rows,
+                                int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, grad_weight + part * dim, from, to);
+    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, *turn, grad_weight + part * dim, from, to);
   });
 }
 

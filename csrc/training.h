@@ -85,6 +85,50 @@ struct ExpertsTraining {
   float *shared_hidden, *shared_grad_inner;  // [T, shared I], [T, 2 * shared I]: scratch
 };
 
+// The mean cross-entropy of the tokens that count, from the head's inputs: logits = x weight^T. Mirrored by
+// ops/loss_autograd.py.
+struct LossTraining {
+  int64_t tokens, dim, vocab, block;  // block: tokens whose logits there is room for
+  float share;                        // of a token in the mean
+  const float *x, *weight;            // [T, D], [V, D]
+  const int64_t* targets;             // [T]; negative: doesn't count
+  float* logits;                      // [block, V up to an odd number of lines]: scratch
+  float *losses, *grad_x, *grad_weight;  // [T], [T, D], [V, D]
+};
+
+// Angles by which rows' last 2 * pairs values are turned, pairs as complex numbers: cos and sin [rows, pairs], of which a
+// table with fewer rows is repeated.
+struct Turn {
+  int64_t pairs, rows;
+  const float *cos, *sin;
+};
+
+// The compressor's pooling of B sequences of S tokens, N windows of `ratio` tokens each. A row is a window. Mirrored by
+// ops/compress_native.py.
+struct PoolTraining {
+  int64_t steps, windows, ratio, dim, width;  // width: dim, or 2 * dim where windows overlap
+  const float *kv, *gate;                     // [B, S, width]
+  const float* ape;                           // [ratio, width]
+  float* out;                                 // [B, N, dim]
+  // Backward only.
+  const float* grad;          // of out
+  float *grad_kv, *grad_gate;  // [B, S, width]
+};
+
+// The router: a token's k of E experts. Mirrored by ops/routing_native.py.
+struct RoutingTraining {
+  int64_t experts, k;
+  float scaling;
+  const float *logits, *bias;  // [T, E]; [E] or null
+  const int64_t* given;        // [T, k]: the experts, where a table gives them, or null
+  float* scores;               // [T, E], kept for the backward pass
+  int64_t* chosen;             // [T, k]
+  float* weights;              // [T, k]
+  // Backward only.
+  const float* grad;   // of weights
+  float* grad_logits;  // [T, E]
+};
+
 // mHC around a sublayer, for one number of streams h. n = (2 + h) h.
 struct StreamKernels {
   // x [T, h, D]; fn [n, hD] and its transpose [hD, n up to whole lines]; base [n], scale [3]. Makes dots [T, n],
@@ -118,15 +162,19 @@ struct TrainingKernels {
   void (*attention_backward)(const AttentionTraining&, float* grad_kv, float* grad_entries, float* grad_sink,
                              int64_t from, int64_t to, float* workspace);
   void (*norm_forward)(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
-                       int64_t from, int64_t to);
+                       const Turn& turn, int64_t from, int64_t to);
   void (*norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, float* grad_x,
-                        int64_t dim, float* grad_weight, int64_t from, int64_t to);
+                        int64_t dim, const Turn& turn, float* grad_weight, int64_t from, int64_t to);
+  void (*pool_forward)(const PoolTraining&, int64_t from, int64_t to);
+  void (*pool_backward)(const PoolTraining&, float* grad_ape, int64_t from, int64_t to);
+  void (*routing_forward)(const RoutingTraining&, int64_t from, int64_t to);
+  void (*routing_backward)(const RoutingTraining&, int64_t from, int64_t to);
   void (*swiglu_forward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                          float* out, int64_t dim, int64_t from, int64_t to);
   void (*swiglu_backward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                           const float* grad, float* grad_gate, float* grad_up, int64_t grad_row, float* hidden,
                           float* grad_weights, int64_t dim, int64_t from, int64_t to);
-  Body linear_forward, linear_backward, experts_forward, experts_backward;  // whole calls
+  Body linear_forward, linear_backward, experts_forward, experts_backward, loss;  // whole calls
   StreamKernels streams[kMaxStreams];  // for 1 .. kMaxStreams streams
 };
 

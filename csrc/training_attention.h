@@ -21,42 +21,44 @@ struct Factors {
 template <int M, int N>
 INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
   Vec sum[M][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
   auto steps = [&](const float* a, const float* b) {
     for (int64_t k = 0; k < depth; ++k) {
       Vec right[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int n = 0; n < N; ++n) right[n] = load(b + k * f.b_row + n * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         const Vec left = splat(a[m * f.a_row + k * f.a_step]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
       }
     }
   };
   steps(f.a, f.b);
   if (f.a2 != nullptr) steps(f.a2, f.b2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) store(c + m * c_row + n * kLanes, sum[m][n]);
 }
 
 template <int N>
 static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
-  for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+  constexpr int most = N * 2 > kTileVecs ? kTileRows : 2 * kTileRows;  // a narrow panel leaves registers for more rows
+  for (int64_t tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
     const int64_t count = (rows + tiles - 1) / tiles;
     switch (count) {
-      case 1: tile<1, N>(f, c, c_row, depth, add); break;
-      case 2: tile<2, N>(f, c, c_row, depth, add); break;
-      case 3: tile<3, N>(f, c, c_row, depth, add); break;
-      case 4: tile<4, N>(f, c, c_row, depth, add); break;
-      case 5: tile<5, N>(f, c, c_row, depth, add); break;
-      default: tile<6, N>(f, c, c_row, depth, add);
+#define UPWELL_ROWS(r)                                                 \
+  case r:                                                              \
+    if constexpr (r <= most) tile<r, N>(f, c, c_row, depth, add);      \
+    break;
+      UPWELL_ROWS(1) UPWELL_ROWS(2) UPWELL_ROWS(3) UPWELL_ROWS(4) UPWELL_ROWS(5) UPWELL_ROWS(6)
+      UPWELL_ROWS(7) UPWELL_ROWS(8) UPWELL_ROWS(9) UPWELL_ROWS(10) UPWELL_ROWS(11) UPWELL_ROWS(12)
+#undef UPWELL_ROWS
     }
     f.move(count, 0), c += count * c_row, rows -= count;
   }
@@ -99,7 +101,7 @@ INLINE float max_lanes(Vec v) {
 #endif
   return larger(v, swap_pairs(v))[0];
 }
-// out[i] = <a_i, b_i> of rows a and b.
+// out[i] = <a_i, b_i> of rows a and b, while the rows after them, the next block's, are fetched.
 static void row_dots(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t dim, int64_t rows,
                      float* out) {
   int64_t i = 0;
@@ -107,7 +109,11 @@ static void row_dots(const float* a, int64_t a_row, const float* b, int64_t b_ro
     Vec sum[4] = {};
     for (int64_t k = 0; k < dim; k += kLanes)
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) sum[n] += load(a + n * a_row + k) * load(b + n * b_row + k);
+      for (int n = 0; n < 4; ++n) {
+        __builtin_prefetch(a + (rows + n) * a_row + k, 0, 2);
+        __builtin_prefetch(b + (rows + n) * b_row + k, 0, 2);
+        sum[n] += load(a + n * a_row + k) * load(b + n * b_row + k);
+      }
     sum_four(sum[0], sum[1], sum[2], sum[3], out + i);
   }
   for (; i < rows; ++i, a += a_row, b += b_row) out[i] = dot(a, b, dim);
@@ -298,7 +304,10 @@ struct AttentionBlocks {
     for (int64_t row = 0; row < rows; ++row) {
       float* to = a.out + (token() * heads + row) * dim;
       const float factor = 1.0f / sums[row];
-      map(to, made + row * padded, dim, [&](Vec v, int64_t) { return v * factor; });
+      map(to, made + row * padded, dim, [&](Vec v, int64_t k) {
+        __builtin_prefetch(to + rows * dim + k, 1, 2);  // the next block's place
+        return v * factor;
+      });
       const int64_t at = row / heads * whole_lines(a.rope);
       turn_back(to + dim - a.rope, c + at, s + at, a.rope);
     }
@@ -320,8 +329,11 @@ struct AttentionBlocks {
     for (int64_t row = 0; row < rows; ++row) {
       const float r = norms[row], through_norm = sums[row] / dim * r * r, factor = r * scale;
       const float *g = made + row * padded, *in = x + row * dim;
-      map(a.grad_q + (token() * heads + row) * dim, g, dim,
-          [&](Vec v, int64_t i) { return (v - load_at(in, i, dim) * through_norm) * factor; });
+      float* to = a.grad_q + (token() * heads + row) * dim;
+      map(to, g, dim, [&](Vec v, int64_t i) {
+        __builtin_prefetch(to + rows * dim + i, 1, 2);
+        return (v - load_at(in, i, dim) * through_norm) * factor;
+      });
     }
   }
 };

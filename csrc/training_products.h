@@ -4,7 +4,7 @@
 
 constexpr int64_t kLinearRows = 512;    // tokens of a unit of work
 constexpr int64_t kGradRows = kTurnedRows;  // a weight gradient's unit: outputs
-constexpr int64_t kGradColumns = 128;   // and inputs
+constexpr int64_t kGradColumns = 128;   // and inputs, or twice as many where there are many outputs
 constexpr int64_t kTrainingExpertRows = 256;    // rows that go through an expert together
 
 INLINE int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
@@ -14,7 +14,7 @@ INLINE int64_t part_from(int64_t index, int64_t part, int64_t n, int64_t* size) 
   return begin;
 }
 
-// One part of grad_w [out, in] = grad_y^T x over all tokens.
+// One part of grad_w [out, in] (+)= grad_y^T x over all tokens.
 struct WeightGrad {
   const float* grad_y;
   int64_t grad_row;
@@ -22,14 +22,16 @@ struct WeightGrad {
   int64_t x_row;
   float* grad_w;
   int64_t out, in, tokens;
+  bool add = false;
 
-  int64_t units() const { return parts_of(out, kGradRows) * parts_of(in, kGradColumns); }
+  int64_t width() const { return out > 4 * kGradRows ? 2 * kGradColumns : kGradColumns; }
+  int64_t units() const { return parts_of(out, kGradRows) * parts_of(in, width()); }
   void run(int64_t unit, float* workspace) const {
-    const int64_t across = parts_of(in, kGradColumns);
+    const int64_t across = parts_of(in, width());
     int64_t rows, columns;
     const int64_t i = part_from(unit / across, kGradRows, out, &rows);
-    const int64_t j = part_from(unit % across, kGradColumns, in, &columns);
-    gemm({grad_y + i, 1, grad_row, x + j, x_row, 1, grad_w + i * in + j, in, rows, columns, tokens, false}, workspace);
+    const int64_t j = part_from(unit % across, width(), in, &columns);
+    gemm({grad_y + i, 1, grad_row, x + j, x_row, 1, grad_w + i * in + j, in, rows, columns, tokens, add}, workspace);
   }
 };
 
@@ -180,9 +182,8 @@ static void train_experts_backward(Worker& worker, void* argument) {
       const float* inner = a.shared_inner + t * width;
       float *hidden = a.shared_hidden + t * half, *grad_inner = a.shared_grad_inner + t * width;
       gemm({a.grad + t * a.dim, a.dim, 1, a.shared_w2, half, 1, rest, half, rows, half, a.dim, false}, workspace);
-      train_swiglu_forward(inner, inner + half, width, nullptr, a.limit, hidden, half, 0, rows);
       train_swiglu_backward(inner, inner + half, width, nullptr, a.limit, rest, grad_inner, grad_inner + half, width,
-                            nullptr, nullptr, half, 0, rows);
+                            hidden, nullptr, half, 0, rows);
       float* to = a.y + t * a.dim;
       gemm({grad_inner, width, 1, a.shared_w1, a.dim, 1, to, a.dim, rows, a.dim, half, false}, workspace);
       gemm({grad_inner + half, width, 1, a.shared_w3, a.dim, 1, to, a.dim, rows, a.dim, half, true}, workspace);

@@ -2,18 +2,12 @@
 // Streams X [T, H, D]; `dots` [T, (2+H)H] is fn @ flatten(X). The small functions of a token (gates, Sinkhorn) run for
 // a vector of tokens at once, one a lane. After training_attention.h in each instruction set's namespace.
 
-
-// f(k, part) for each vector of a row of `dim` floats, part of it at the end.
-template <class F>
-INLINE void each_vector(int64_t dim, F f) {
-  int64_t k = 0;
-  for (; k + kLanes <= dim; k += kLanes) f(k, kLanes);
-  if (k < dim) f(k, int(dim - k));
-}
-INLINE Vec load_some(const float* p, int part) { return part == kLanes ? load(p) : load_part(p, part); }
-INLINE void store_some(float* p, Vec v, int part) {
-  if (part == kLanes) store(p, v);
-  else store_part(p, v, part);
+// Fetches the streams of two tokens on, to read or to write: the hardware's prefetcher starts anew with each page,
+// which is a token or so.
+template <int H, int Write = 0>
+INLINE void fetch_streams(const float* x, int64_t dim) {
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) __builtin_prefetch(x + (2 * H + i) * dim, Write, 2);
 }
 
 // Columns (sums over rows i) or rows of C [H, H] divided by their sums, which are kept for the backward pass.
@@ -170,9 +164,12 @@ static void enter_backward(const float* x, const float* fn, const float* base, c
     float inner[H][kLanes] = {}, of_post[H][kLanes] = {}, of_comb[H * H][kLanes] = {};
     for (int lane = 0; lane < lanes; ++lane) {
       const float *xt = x + (t + lane) * H * dim, *gu = grad_u + (t + lane) * dim;
+      const float* past = grad_past + (t + lane) * H * dim;  // soon needed too
       Vec products[H] = {};
       each_vector(dim, [&](int64_t k, int part) {
         const Vec g = load_some(gu + k, part);
+        fetch_streams<H>(xt + k, dim);
+        for (int i = 0; i < H; ++i) __builtin_prefetch(past + i * dim + k, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < H; ++i) products[i] += g * load_some(xt + i * dim + k, part);
       });
@@ -243,6 +240,8 @@ static void leave_forward(const float* x, const float* y, const float* post, con
     const float *xt = x + t * H * dim, *p = post + t * H, *c = comb + t * H * H;
     each_vector(dim, [&](int64_t k, int part) {
       const Vec yk = load_some(y + t * dim + k, part);
+      fetch_streams<H>(xt + k, dim);
+      fetch_streams<H, 1>(out + t * H * dim + k, dim);
       Vec in[H];
 #pragma GCC unroll 8
       for (int i = 0; i < H; ++i) in[i] = load_some(xt + i * dim + k, part);
@@ -268,6 +267,7 @@ static void leave_backward(const float* x, const float* y, const float* post, co
     Vec of_post[H] = {}, of_comb[H * H] = {};
     each_vector(dim, [&](int64_t k, int part) {
       const Vec yk = load_some(y + t * dim + k, part);
+      fetch_streams<H>(xt + k, dim);
       Vec g[H], of_y = zero();
 #pragma GCC unroll 8
       for (int j = 0; j < H; ++j) {
@@ -300,6 +300,8 @@ template <int H>
 constexpr StreamKernels stream_kernels = {enter_forward<H>, enter_backward<H>, leave_forward<H>, leave_backward<H>};
 
 const TrainingKernels training = {
-    train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_swiglu_forward,
+    train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_pool_forward,
+    train_pool_backward, train_routing_forward, train_routing_backward, train_swiglu_forward,
     train_swiglu_backward, train_linear_forward, train_linear_backward, train_experts_forward, train_experts_backward,
+    train_loss,
     {stream_kernels<1>, stream_kernels<2>, stream_kernels<3>, stream_kernels<4>}};

@@ -16,16 +16,20 @@ from upwell.ops import (
     attention,
     attention_autograd,
     attention_native,
+    compress,
+    compress_native,
     gradients,
     hc_autograd,
     hyper_connections,
     linear_autograd,
+    loss_autograd,
     moe,
     moe_autograd,
     moe_native,
     native,
     norm_autograd,
     rope_autograd,
+    routing_native,
     training_kernels,
 )
 from upwell.ops.norm import rms_norm
@@ -136,7 +140,7 @@ def test_raw_attention_matches_the_definition(
     assert_same(ours, plain, inputs, False)
     whole = derive(ours, inputs, False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_kernels, "parts", lambda _rows: 3)
+        patch.setattr(training_kernels, "parts", lambda *_: 3)
         for a, b in zip(derive(ours, inputs, False), whole, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
 
@@ -168,6 +172,61 @@ def test_rope_matches_the_definition(inverse: bool) -> None:
         [x],
         False,
     )
+
+
+@pytest.mark.parametrize("shared_angles", [False, True])
+def test_norm_with_rope_matches_the_definition(shared_angles: bool, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 70, 21, generator=generator), torch.rand(21, generator=generator) + 0.5]
+    cos, sin = rope_angles(torch.randint(0, 99, (70,) if shared_angles else (3, 70)), torch.rand(5))
+    if kernels == "plain":
+        return
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return apply_rope(rms_norm(x, weight, 1e-6), cos, sin)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return norm_autograd.turned_rms_norm(x, weight, 1e-6, cos, sin)
+
+    assert_same(ours, plain, inputs, False)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("steps", "ratio", "dim"), [(4, 4, 16), (31, 4, 21), (300, 128, 8), (1030, 4, 40)])
+def test_pooling_matches_the_definition(steps: int, ratio: int, dim: int, overlap: bool, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width, whole = dim * (1 + overlap), steps // ratio * ratio
+    inputs = [torch.randn(s, generator=generator) for s in (*2 * ((3, steps, width),), (ratio, width))]
+    if kernels == "plain":
+        assert not compress_native.usable(*inputs)
+        return
+
+    def plain(kv: Tensor, gate: Tensor, ape: Tensor) -> Tensor:
+        biased = gate[:, :whole] + ape.repeat(whole // ratio, 1)
+        return compress.pool(kv[:, :whole], biased, None, None, ratio, dim)
+
+    assert_same(lambda *inputs: compress_native.pool(*inputs, dim), plain, inputs, False)
+
+
+@pytest.mark.parametrize("kind", ["bias", "no bias", "table"])
+def test_routing_matches_the_definition(kind: str, kernels: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, n, k = 500, 21, 3
+    logits = 6 * torch.randn(tokens, n, generator=generator)
+    logits[7] = logits[7, 0]  # all equal: the first ones win
+    bias = torch.randn(n, generator=generator) if kind == "bias" else None
+    table = torch.rand(tokens, n, generator=generator).argsort(1)[:, :k] if kind == "table" else None
+    if kernels == "plain":
+        return
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        return moe.route(torch.nn.functional.softplus(x).sqrt(), k, 1.5, bias, table)
+
+    def ours(x: Tensor) -> tuple[Tensor, Tensor]:
+        return routing_native.route(x, k, 1.5, bias, table)
+
+    assert torch.equal(ours(logits)[0], plain(logits)[0])
+    assert_same(lambda x: ours(x)[1], lambda x: plain(x)[1], [logits], False)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -221,6 +280,34 @@ def test_linear_maps_match_the_definition(tokens: int, inputs: int, outputs: tup
 
     assert_same(ours, lambda x, *weights: x @ torch.cat(weights).t(), tensors, False)
     assert_one_thread_gives_the_same(ours, tensors)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "vocab", "room"),
+    [(1, 5, 7, 0), (40, 24, 33, 1 << 20), (600, 64, 300, 0), (1100, 20, 530, 1 << 19)],
+)
+def test_head_loss_matches_the_definition(
+    tokens: int, dim: int, vocab: int, room: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block of tokens and in several; some tokens don't count."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, dim, generator=generator) for n in (tokens, vocab))
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    targets[1::5] = loss_autograd.IGNORED
+    if kernels == "plain":
+        assert not linear_autograd.usable(x, weight)
+        return
+    monkeypatch.setattr(loss_autograd, "_BLOCK_FLOATS", room)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return loss_autograd.head_loss(x, weight, targets)
+
+    assert_same(ours, lambda x, w: torch.nn.functional.cross_entropy(x @ w.t(), targets), [x, weight], False)
+    assert_one_thread_gives_the_same(ours, [x, weight])
+    for wrong in (-1, vocab):
+        targets[0] = wrong
+        with pytest.raises(IndexError, match="outside the vocabulary"):
+            ours(x, weight)
 
 
 @pytest.mark.parametrize(("tokens", "h", "dim"), [(1, 4, 30), (300, 4, 64), (37, 2, 17)])
@@ -315,9 +402,10 @@ def test_model_gradients_match_the_plain_path(monkeypatch: pytest.MonkeyPatch) -
         for block in model.layers:
             if block.attn.indexer is not None:
                 block.attn.indexer.topk = 1 << 30
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(ids)
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            loss = model.loss(model.streams(ids), targets.flatten())
+        loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     plain, plain_bf16 = run(False), run(True)

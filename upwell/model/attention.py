@@ -58,7 +58,7 @@ class Attention(nn.Module):
         raw_latent, raw_kv, *pooled = linears(x, *joined)
         q_latent = self.q_norm(raw_latent)
         raw_q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        kv = apply_rope(self.kv_norm(raw_kv), rope.cos, rope.sin)
+        kv = self.kv_norm.turned(raw_kv, rope.cos, rope.sin, raw_kv.dtype)
         if self.official:
             kv = fake_fp8_nope(kv, self.rope_dim)
         if cache is None or step is None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from upwell.config import ModelConfig, Numerics
 from upwell.model.cache import Step, Tail
 from upwell.model.layers import Linear, RMSNorm, linears
+from upwell.ops import compress_native
 from upwell.ops.compress import pool, pool_ring
 from upwell.ops.fake_quant import fake_fp4, fake_fp8, hadamard
-from upwell.ops.rope import apply_rope, rope_angles
+from upwell.ops.rope import rope_angles
 
 
 class Compressor(nn.Module):
@@ -51,6 +52,9 @@ class Compressor(nn.Module):
 
         projected: wkv x and wgate x [B, S, coff*d], where the caller has them.
         """
+        if projected is not None and compress_native.usable(*projected, self.ape):
+            pooled = compress_native.pool(*projected, self.ape, self.dim)
+            return self._entries(pooled, torch.arange(pooled.shape[1]) * self.ratio, freqs, x.dtype)
         usable = x.shape[1] // self.ratio * self.ratio
         positions = torch.arange(usable, device=x.device)
         if projected is None:
@@ -108,9 +112,7 @@ class Compressor(nn.Module):
 
     def _entries(self, pooled: Tensor, at: Tensor, freqs: Tensor, dtype: torch.dtype) -> Tensor:
         """Pooled windows [B, n, d] FP32 that begin at positions `at` [n] or [B, n] -> entries of `dtype`."""
-        entries = self.norm(pooled).to(dtype)
-        cos, sin = rope_angles(at, freqs)
-        entries = apply_rope(entries, cos, sin)
+        entries = self.norm.turned(pooled, *rope_angles(at, freqs), dtype)
         if self.official:
             entries = fake_fp4(hadamard(entries), 32) if self.for_index else fake_fp8_nope(entries, self.rope_dim)
         return entries

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from upwell.ops import linear_autograd
+from upwell.ops import gradients, linear_autograd, norm_autograd, training_kernels
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import dense_weight, linear
 from upwell.ops.norm import rms_norm
+from upwell.ops.rope import apply_rope
 
 
 class Linear(nn.Module):
@@ -70,3 +71,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        """The norm of x [B, S, d], cast to `dtype` and rotated: cos, sin [S, r/2] or [B, S, r/2]. In FP32 training on
+        the CPU one node."""
+        native = dtype == torch.float32 and training_kernels.usable(x, self.weight)
+        if native and gradients.recording(x, self.weight):
+            return norm_autograd.turned_rms_norm(x, self.weight, self.eps, cos, sin)
+        return apply_rope(self(x).to(dtype), cos, sin)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from upwell.config import ModelConfig
 from upwell.model.layers import Linear
 from upwell.model.offload import Expert, HostExperts, PagedLayer
-from upwell.ops import moe_native
+from upwell.ops import linear_autograd, moe_native, routing_native
 from upwell.ops.fake_quant import fake_fp8
 from upwell.ops.linear import linear
 from upwell.ops.moe import expert_hidden, grouped_experts, integer_experts, route, router_scores, swiglu
@@ -32,6 +32,8 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D], input_ids [T] -> experts [T, k], weights [T, k] FP32."""
         experts = self.tid2eid[input_ids] if self.tid2eid is not None else None
+        if linear_autograd.usable(x, self.weight):
+            return routing_native.route(linear(x, self.weight), self.k, self.scaling, self.bias, experts)
         return route(router_scores(x, self.weight), self.k, self.scaling, self.bias, experts)
 
 

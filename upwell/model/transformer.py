@@ -20,6 +20,7 @@ from upwell.model.hyper_connections import HyperConnection, HyperHead, Streams, 
 from upwell.model.layers import Linear, RMSNorm
 from upwell.model.moe import MoE
 from upwell.model.offload import Pages, expect_hash_layers
+from upwell.ops import linear_autograd, loss_autograd
 from upwell.ops.rope import inverse_frequencies, rope_angles
 
 
@@ -159,6 +160,16 @@ class Transformer(nn.Module):
         if (plan := compiled.plan(self, heads=True)) is not None:
             return compiled.run_head(plan, streams, self.head.out_features)
         return self._head(self.norm(self.hc_head(streams)))
+
+    def loss(self, streams: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of targets [T], the tokens after streams [T, h, D]; those that are -100 don't count.
+
+        In FP32 training on the CPU the gradients come without the logits ever being kept (ops.loss_autograd).
+        """
+        x = self.norm(self.hc_head(streams))
+        if linear_autograd.usable(x, self.head.weight):
+            return loss_autograd.head_loss(x, self.head.weight, targets)
+        return torch.nn.functional.cross_entropy(self._head(x), targets)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         self.__dict__.pop("_plan", None)  # .to() and its kin move the weights

@@ -67,10 +67,17 @@ class _AttendRaw(torch.autograd.Function):
         q, kv, entries, sink = tensors[:4]
         grad, grad_q = grad.contiguous(), torch.empty_like(q)
         call = _call(tuple(tensors), out, log_sum, ctx.settings, grad, grad_q)
-        sums = kv.numel(), 0 if entries is None else entries.numel(), sink.numel()
-        grad_kv, grad_entries, grad_sink = training_kernels.run(
-            "attention_backward", q.shape[0] * q.shape[1], call, sums=sums
-        )
+        batch, rows = q.shape[0], q.shape[0] * q.shape[1]
+        keys = kv.numel(), 0 if entries is None else entries.numel()
+        if batch >= training_kernels.parts(rows, 2):  # a part is a sequence, whose keys are its own
+            grad_kv, grad_entries = (kv.new_zeros(n) for n in keys)
+            (grad_sink,) = training_kernels.run(
+                "attention_backward", rows, call, grad_kv, grad_entries, sums=(sink.numel(),), count=batch
+            )
+        else:
+            grad_kv, grad_entries, grad_sink = training_kernels.run(
+                "attention_backward", rows, call, sums=(*keys, sink.numel()), count=training_kernels.parts(rows, 1)
+            )
         of_entries = None if entries is None else grad_entries.view_as(entries)
         return grad_q, grad_kv.view_as(kv), of_entries, grad_sink, None, None, None
 

@@ -42,17 +42,17 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float, *shared: Tensor
     ) -> Tensor:
         tokens, k = experts.shape
-        order = experts.flatten().argsort(stable=True)
-        bounds = torch.zeros(w13.shape[0] + 1, dtype=torch.long)
-        torch.cumsum(torch.bincount(experts.flatten(), minlength=w13.shape[0]), 0, out=bounds[1:])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel())
-        row_weights = weights.flatten()[order]
+        experts, weights = experts.contiguous(), weights.contiguous()
+        source, back, bounds = (experts.new_empty(n) for n in (tokens * k, tokens * k, w13.shape[0] + 1))
+        row_weights = weights.new_empty(tokens * k)
+        training_kernels.run_alone(
+            "group", experts, weights, k, w13.shape[0], tokens * k, source, back, bounds, row_weights
+        )
         x, w13, w2, *shared_weights = (t.contiguous() for t in (x, w13, w2, *shared))
-        inner = x.new_empty(order.numel(), w13.shape[1])
+        inner = x.new_empty(tokens * k, w13.shape[1])
         shared_inner = x.new_empty(tokens, 2 * shared_weights[0].shape[0])
-        outs, y = x.new_empty(order.numel(), x.shape[1]), torch.empty_like(x)
-        kept = x, order // k, back, bounds, row_weights, w13, w2, *shared_weights, inner, shared_inner
+        outs, y = x.new_empty(tokens * k, x.shape[1]), torch.empty_like(x)
+        kept = x, source, back, bounds, row_weights, w13, w2, *shared_weights, inner, shared_inner
         training_kernels.run_whole("experts_forward", _call(kept, k, limit, outs, y))
         ctx.save_for_backward(*kept)
         ctx.k, ctx.limit = k, limit

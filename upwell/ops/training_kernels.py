@@ -20,21 +20,28 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
 
-def parts(rows: int) -> int:
-    """How many parts a range of rows is cut into: one a thread, none of them tiny."""
-    return min(torch.get_num_threads(), max(1, rows // 128))
+def parts(rows: int, each: int = 4) -> int:
+    """How many parts a range of rows is cut into: `each` a thread, so that none waits long for another; none tiny."""
+    return min(each * torch.get_num_threads(), max(1, rows // 128))
 
 
-def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) -> list[Tensor]:
-    """upwell_train_<name> over `rows` cut in parts, by one team: the arguments, then sums, rows and parts.
+def run(
+    name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = (), count: int | None = None
+) -> list[Tensor]:
+    """upwell_train_<name> over `rows` cut in `count` parts, by one team: the arguments, then sums, rows and count.
 
     `sums`: lengths of FP32 vectors to which the kernel adds; each part has its own, and their totals are returned.
     Tensors are passed by address: they must be contiguous (or have strides among the arguments) and stay alive.
     """
-    count = parts(rows)
+    count = parts(rows) if count is None else count
     partial = [torch.zeros(count, n) for n in sums]
     _call(name, *(_convert(a) for a in (*arguments, *partial, rows, count)))
     return [part[0] if count == 1 else part.sum(0) for part in partial]
+
+
+def run_alone(name: str, *arguments: Argument) -> None:
+    """upwell_train_<name> by the calling thread."""
+    _call(name, *(_convert(a) for a in arguments))
 
 
 def run_whole(name: str, call: ctypes.Structure) -> None:
