@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -436,9 +435,11 @@ def test_large_bf16_matrices_stay_as_they_are_in_an_fp32_model_on_a_cpu(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.randint(2, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    save_checkpoint(model, tmp_path / "fp32", quantize=False)
+    half = load_model(tmp_path / "fp32", dtype=torch.bfloat16)
     for official in (True, False):
         place = tmp_path / str(official)
-        save_checkpoint(deepcopy(model).bfloat16(), place, "official" if official else "transformers", quantize=False)
+        save_checkpoint(half, place, "official" if official else "transformers", quantize=False)
         widened = load_model(place, dtype=torch.float32)
         with monkeypatch.context() as patch:
             patch.setattr("upwell.checkpoint.load._LARGE", 1)
@@ -451,7 +452,8 @@ def test_large_bf16_matrices_stay_as_they_are_in_an_fp32_model_on_a_cpu(
 
 def test_an_llm_on_a_cpu_computes_in_fp32_whatever_the_checkpoint_is_in(model: Transformer, tmp_path: Path) -> None:
     """BF16 would go by plain PyTorch, an order of magnitude slower than the kernels."""
-    save_checkpoint(deepcopy(model).bfloat16(), tmp_path)
+    save_checkpoint(model, tmp_path / "fp32", quantize=False)
+    save_checkpoint(load_model(tmp_path / "fp32", dtype=torch.bfloat16), tmp_path)
     assert load_model(tmp_path).dtype == torch.bfloat16
     assert LLM(tmp_path, device="cpu").model.dtype == torch.float32
     assert LLM(tmp_path, device="cpu", dtype=torch.bfloat16).model.dtype == torch.bfloat16
