@@ -17,6 +17,7 @@ from upwell.checkpoint import load_model
 from upwell.checkpoint.match import read_config
 from upwell.checkpoint.shards import read_shards
 from upwell.checkpoint.sniff import sniff
+from upwell.devices import dtype_on
 from upwell.engine import Tokenizer
 from upwell.errors import CheckpointError, InputError
 from upwell.model import Transformer
@@ -62,8 +63,7 @@ def evaluate(
     answered: list[bool] | None = None
     for path in paths:
         say(f"{path}: loading")
-        dtype = job.dtype or (torch.float32 if device.type == "cpu" else None)
-        model, tokenizer = load_model(path, dtype=dtype, device=device), Tokenizer.from_directory(path)
+        model, tokenizer = load_model(path, dtype=dtype_on(device, job.dtype), device=device), Tokenizer.from_directory(path)
         if tokenizer is None:
             raise CheckpointError(f"{path}: has no tokenizer.json", "put the model's own beside its weights")
         if spoken not in (None, tokenizer.to_json()):

@@ -43,6 +43,12 @@ def resolve_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def dtype_on(device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype asked for; where none was, FP32 on a CPU, which is what its kernels compute in (packed weights and large
+    BF16 ones stay as they are), and None, the checkpoint's own, elsewhere."""
+    return torch.float32 if dtype is None and device.type == "cpu" else dtype
+
+
 def _best() -> torch.device:
     if getattr(torch, "npu", None) is not None or npu.installed_version() is not None:
         try:

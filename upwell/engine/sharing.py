@@ -13,7 +13,7 @@ from upwell.checkpoint.load import load_model
 from upwell.checkpoint.match import read_config
 from upwell.checkpoint.offload import Offload
 from upwell.config import ModelConfig, Numerics
-from upwell.devices import resolve_device
+from upwell.devices import dtype_on, resolve_device
 from upwell.devices.control import Lead
 from upwell.engine import ranks
 from upwell.errors import InputError
@@ -55,11 +55,9 @@ def open_model(
         names = layer_names(config)
         if load.exists():
             counted = ExpertLoad.read(load, names, config.n_routed_experts)
-    where = resolve_device(device)
-    if dtype is None and where.type == "cpu":
-        dtype = torch.float32  # what its kernels compute in; packed weights and large BF16 ones stay as they are
     if max(tp, ep) == 1:
-        model = load_model(path, dtype=dtype, device=where, numerics=numerics, offload=offload)
+        where = resolve_device(device)
+        model = load_model(path, dtype_on(where, dtype), where, numerics, offload)
         if load is None:
             return OpenModel(model, lambda: None)
         counts = model.count_experts()
