@@ -63,7 +63,8 @@ def evaluate(
     answered: list[bool] | None = None
     for path in paths:
         say(f"{path}: loading")
-        model, tokenizer = load_model(path, dtype=dtype_on(device, job.dtype), device=device), Tokenizer.from_directory(path)
+        model = load_model(path, dtype=dtype_on(device, job.dtype), device=device)
+        tokenizer = Tokenizer.from_directory(path)
         if tokenizer is None:
             raise CheckpointError(f"{path}: has no tokenizer.json", "put the model's own beside its weights")
         if spoken not in (None, tokenizer.to_json()):

@@ -44,8 +44,8 @@ def resolve_dtype(name: str) -> torch.dtype | None:
 
 
 def dtype_on(device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype asked for; where none was, FP32 on a CPU, which is what its kernels compute in (packed weights and large
-    BF16 ones stay as they are), and None, the checkpoint's own, elsewhere."""
+    """The dtype asked for; where none was, FP32 on a CPU, which is what its kernels compute in (packed weights and
+    large BF16 ones stay as they are), and None, the checkpoint's own, elsewhere."""
     return torch.float32 if dtype is None and device.type == "cpu" else dtype
 
 
