@@ -216,15 +216,28 @@ def cpu_seconds(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def cost(model: Path | None, rounds: int) -> dict[str, Any]:
+def cost(model: Path | None, pairs: int, rounds: int) -> dict[str, Any]:
+    """What HTTP takes of the engine's speed, medians over all rounds of all pairs of processes: one process may be a
+    tenth faster than the next for as long as it lives, by where its memory lies."""
+    threads = max(1, (os.cpu_count() or 1) - 1)
+    speeds: dict[str, list[float]] = {name: [] for name in ("engine", "served", "engine_cpu", "served_cpu")}
+    for _ in range(pairs):
+        compare(model, rounds, threads, speeds)
+    middle = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        "streams": COST_STREAMS, "tokens": COST_TOKENS, "kernel_threads": threads, "samples": speeds,
+        "percent": round(100 * (1 - middle["served"] / middle["engine"]), 1),
+        "cpu_percent": round(100 * (1 - middle["served_cpu"] / middle["engine_cpu"]), 1),
+    }  # fmt: skip
+
+
+def compare(model: Path | None, rounds: int, threads: int, speeds: dict[str, list[float]]) -> None:
     """Rounds of the engine alone and of the server in turn. The kernels of both take all cores but one; that one is
     left to HTTP and to the client. Tokens a second, by the clock and by the process's CPU time (not the client's)."""
-    threads = max(1, (os.cpu_count() or 1) - 1)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     again = [sys.executable, __file__, "--engine-only", *model_flag(model)]
     alone = subprocess.Popen(again, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     process, port = start(model, COST_STREAMS, "--no-enable-prefix-caching", env=environment)
-    speeds: dict[str, list[float]] = {name: [] for name in ("engine", "served", "engine_cpu", "served_cpu")}
     try:
         assert alone.stdin is not None and alone.stdout is not None
         alone.stdout.readline()
@@ -244,12 +257,6 @@ def cost(model: Path | None, rounds: int) -> dict[str, Any]:
         alone.kill()
         process.terminate()
         process.wait(60)
-    middle = {name: statistics.median(values) for name, values in speeds.items()}
-    return {
-        "streams": COST_STREAMS, "tokens": COST_TOKENS, "kernel_threads": threads, "samples": speeds,
-        "percent": round(100 * (1 - middle["served"] / middle["engine"]), 1),
-        "cpu_percent": round(100 * (1 - middle["served_cpu"] / middle["engine_cpu"]), 1),
-    }  # fmt: skip
 
 
 def model_flag(model: Path | None) -> list[str]:
@@ -291,7 +298,8 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     parser.add_argument("--cost-models", type=Path, nargs="+", help="for the cost (default: upwell-nano)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the cost (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the cost, a pair (default: 3)")
+    parser.add_argument("--pairs", type=int, default=3, help="of processes, for the cost (default: 3)")
     parser.add_argument("--skip-load", action="store_true")
     parser.add_argument("--skip-cost", action="store_true")
     parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
@@ -313,7 +321,7 @@ def main() -> None:
     if not arguments.skip_cost:
         models = [("upwell-nano" if model is None else model.name, model) for model in arguments.cost_models or [None]]
         for name, model in models:
-            result.setdefault("cost", {})[name] = told = cost(model, arguments.rounds)
+            result.setdefault("cost", {})[name] = told = cost(model, arguments.pairs, arguments.rounds)
             bar(f"http_cost_percent of {name}", told["percent"], told["percent"] <= 10)
             print(f"     {told['cpu_percent']} percent more CPU time a token", flush=True)
     if not arguments.skip_load:

@@ -23,7 +23,7 @@ from upwell.engine.stats import EngineStats
 from upwell.errors import InputError
 from upwell.server.errors import ContextLengthError
 
-STREAM_INTERVAL = 0.05  # seconds between two events of a stream: what comes faster than anyone reads comes together
+STREAM_INTERVAL = 0.1  # seconds between two events of a stream: what comes faster than anyone reads comes together
 
 
 @dataclass(frozen=True)
