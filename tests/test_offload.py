@@ -256,6 +256,29 @@ def test_hash_layers_are_fetched_at_once(checkpoint: Path) -> None:
     assert told[0] == (0, sorted(table[17].tolist()), -1)  # before any layer asked
 
 
+@pytest.mark.parametrize("way", ["kernels", "modules"])
+def test_a_learned_layers_choice_is_expected_before_its_attention(checkpoint: Path, way: str) -> None:
+    llm = LLM(checkpoint, dtype=torch.float32, device="cpu", offload="experts=disk", expert_memory=60 * SLOT,
+              enable_prefix_caching=False)  # fmt: skip
+    pages = pages_of(llm.model)
+    told: list[int] = []
+    expect, begin = pages.expect, pages.begin
+
+    def listen(layer: int, experts: Any) -> None:
+        told.append(layer)
+        expect(layer, experts)
+
+    def enter(layer: int, experts: Any) -> None:
+        told.append(-layer)
+        begin(layer, experts)
+
+    pages.expect, pages.begin = listen, enter  # type: ignore[method-assign]
+    with path(way):
+        llm.generate([{"prompt_token_ids": [17]}], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    assert [told.index(layer) < told.index(-layer) for layer in range(1, LAYERS)] == [True] * (LAYERS - 1)
+    assert pages.counts.expected > 0
+
+
 # What can go wrong.
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from upwell.config import BLOCK_TOKENS
 from upwell.model.cache import KVCache, LayerCache, Step
-from upwell.model.offload import Callbacks
+from upwell.model.offload import GUESSED_TOKENS, Callbacks
 from upwell.ops import experts_native, native
 from upwell.ops.linear import dense_weight
 
@@ -34,7 +34,6 @@ _version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
-_GUESSED = 8  # tokens of a call up to which it pays to guess which experts of a layer on disk come next
 _PANELS = 4
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
@@ -403,7 +402,7 @@ def run(plan: Plan, call: native.Call, paged: Callbacks | None = None) -> None:
         lib.upwell_forward(at_call)
         return
     call.take = paged.take
-    if call.tokens <= _GUESSED:
+    if call.tokens <= GUESSED_TOKENS:
         call.expect = paged.expect
     with paged.called():
         lib.upwell_forward(at_call)

@@ -29,8 +29,8 @@ class Gate(nn.Module):
         self.register_buffer("bias", None if is_hash else torch.zeros(config.n_routed_experts))
         self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.k, dtype=torch.long) if is_hash else None)
 
-    def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], input_ids [T] -> experts [T, k], weights [T, k] FP32."""
+    def forward(self, x: Tensor, input_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [T, D], input_ids [T] (hash layers alone need them) -> experts [T, k], weights [T, k] FP32."""
         experts = self.tid2eid[input_ids] if self.tid2eid is not None else None
         if linear_autograd.usable(x, self.weight):
             return routing_native.route(linear(x, self.weight), self.k, self.scaling, self.bias, experts)

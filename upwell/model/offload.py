@@ -18,7 +18,9 @@ from upwell.ops import experts_native, native
 
 if TYPE_CHECKING:
     from upwell.model.moe import Experts
-    from upwell.model.transformer import Transformer
+    from upwell.model.transformer import Block, Transformer
+
+GUESSED_TOKENS = 8  # of a step, for which a learned layer's choice is guessed before its attention
 
 Expert = dict[str, tuple[Tensor, Tensor]]
 """w1, w2, w3 -> (packed weight, scale)."""
@@ -162,3 +164,12 @@ def expect_hash_layers(model: Transformer, pages: Pages, input_ids: Tensor) -> N
         table = block.ffn.gate.tid2eid  # type: ignore[union-attr]
         if table is not None:
             pages.expect(i, table[input_ids.flatten()].unique().tolist())  # type: ignore[index]
+
+
+def expect_choice(pages: Pages, layer: int, block: Block, streams: Tensor) -> None:
+    """What a learned layer's router would choose on the streams [T, h, D] as they are before its attention. On another
+    device that is a wait for the layer before, which computing experts on the host is too."""
+    if block.ffn.gate.tid2eid is None:
+        x, *_ = block.hc_ffn.enter(streams)
+        chosen, _ = block.ffn.gate(block.ffn_norm(x), None)
+        pages.expect(layer, set(chosen.flatten().tolist()))

@@ -19,7 +19,7 @@ from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.hyper_connections import HyperConnection, HyperHead, Streams, settled
 from upwell.model.layers import Linear, RMSNorm
 from upwell.model.moe import MoE
-from upwell.model.offload import Pages, expect_hash_layers
+from upwell.model.offload import GUESSED_TOKENS, Pages, expect_choice, expect_hash_layers
 from upwell.ops import linear_autograd, loss_autograd
 from upwell.ops.rope import inverse_frequencies, rope_angles
 
@@ -145,6 +145,8 @@ class Transformer(nn.Module):
         plain, compressed = self._ropes(input_ids, step)
         streams: Streams = embedded
         for i, block in enumerate(self.layers):
+            if self.pages is not None and embedded.shape[0] <= GUESSED_TOKENS:
+                expect_choice(self.pages, i, block, settled(streams))
             rope = compressed if self.config.compress_ratios[i] else plain
             streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step)
         return settled(streams)
