@@ -15,6 +15,8 @@ from torch import Tensor
 
 from upwell import LLM, SamplingParams, load_model
 from upwell.checkpoint import save_checkpoint
+from upwell.checkpoint.convert import Conversion, convert
+from upwell.checkpoint.recipes import Target
 from upwell.config import ModelConfig
 from upwell.engine import speculative
 from upwell.engine.llm import nano_path
@@ -328,3 +330,19 @@ def test_spans_cover_all(total: int, parts: int, unit: int) -> None:
     assert spans[0][0] == 0 and spans[-1][1] == total
     assert all(a[1] == b[0] and b[0] % unit == 0 for a, b in pairwise(spans))
     assert max(b - a for a, b in spans) - min(b - a for a, b in spans) <= unit
+
+
+@pytest.mark.parametrize("to", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("way", [(2, 1), (1, 3), (2, 4)], ids=["tp2", "ep3", "tp2-ep4"])
+def test_converted_checkpoints_are_shared_too(
+    packed: Path, teams: dict[tuple[int, int], Threads], way: tuple[int, int], to: Target, tmp_path: Path
+) -> None:
+    convert(Conversion(packed, tmp_path / "out", to))
+    if way == (2, 1) and to != "w8a8":
+        with pytest.raises(InputError, match="columns of INT4 aren't split over ranks"):
+            teams[way].load(tmp_path / "out", dtype=torch.float32)
+        return
+    want = run(load_model(tmp_path / "out", dtype=torch.float32))
+    models = teams[way].load(tmp_path / "out", dtype=torch.float32)
+    for got in teams[way].run(lambda rank: run(models[rank])):
+        assert float((got - want).abs().median()) < 0.01 * float(want.abs().max())

@@ -18,7 +18,7 @@ from upwell.ops import experts_native, native
 
 if TYPE_CHECKING:
     from upwell.model.moe import Experts
-    from upwell.model.transformer import Block, Transformer
+    from upwell.model.transformer import Transformer
 
 GUESSED_TOKENS = 8  # of a step, for which a learned layer's choice is guessed before its attention
 
@@ -166,7 +166,7 @@ def expect_hash_layers(model: Transformer, pages: Pages, input_ids: Tensor) -> N
             pages.expect(i, table[input_ids.flatten()].unique().tolist())  # type: ignore[index]
 
 
-def expect_choice(pages: Pages, layer: int, block: Block, streams: Tensor) -> None:
+def expect_choice(pages: Pages, layer: int, block: Any, streams: Tensor) -> None:
     """What a learned layer's router would choose on the streams [T, h, D] as they are before its attention. On another
     device that is a wait for the layer before, which computing experts on the host is too."""
     if block.ffn.gate.tid2eid is None:
