@@ -16,7 +16,7 @@ trap 'rm -rf "$out"' EXIT
 flags="-std=c++17 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 [ "${LIBRARY:-yes}" = no ] || "$CXX" $flags -O1 -fPIC -shared csrc/*.cpp -o "$out/_kernels.so"
 "$CXX" $flags -O3 -static -DVECTOR_BYTES=16 tests/kernels/selftest.cpp -o "$out/neon"
-"$CXX" $flags -O3 -static -DVECTOR_BYTES=16 -march=armv8.2-a+dotprod tests/kernels/selftest.cpp -o "$out/dotprod"
+"$CXX" $flags -O3 -static -DVECTOR_BYTES=16 -DUPWELL_BYTE_DOTS=1 -march=armv8.2-a+dotprod tests/kernels/selftest.cpp -o "$out/dotprod"
 for kind in neon dotprod; do
   # A fused multiply-add by vectors must be there, or the compiler has fallen back to scalars.
   "${CXX%g++}objdump" -d "$out/$kind" | grep -Eq 'fmla[[:space:]]+v[0-9]+\.4s' || {
