@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,11 +35,14 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: UpwellError | None = None
+    at: float = field(default_factory=time.monotonic, compare=False)  # when the last of it was made
+    since: float | None = field(default=None, compare=False)  # when the first was, if that is another
 
     def then(self, later: Delta) -> Delta:
         """This and the one that followed it as one."""
         return Delta(self.index, self.text + later.text, self.token_ids + later.token_ids,
-                     self.logprobs + later.logprobs, later.finish_reason, later.error)  # fmt: skip
+                     self.logprobs + later.logprobs, later.finish_reason, later.error, later.at,
+                     self.at if self.since is None else self.since)  # fmt: skip
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ class RequestRecord:
     gone: bool = False  # the client left before the end
     prompt: Any = None  # kept only where it is asked for
     traceparent: str | None = None
-    on_interval: Callable[[float], None] | None = None  # seconds a token, from one arrival of a choice's to the next
+    on_interval: Callable[[float], None] | None = None  # mean seconds between a piece's tokens
 
     async def count(self, reply: Reply) -> AsyncGenerator[list[Piece], None]:
         """The reply's pieces as they come, counted; leaving early ends the reply."""
@@ -50,22 +49,20 @@ class RequestRecord:
                 now = time.monotonic()
                 if self.scheduled is None:
                     self.scheduled = reply.scheduled()
-                arrived: Counter[int] = Counter()
                 for piece in pieces:
                     if piece.tokens:
-                        arrived[piece.index] += piece.tokens
-                        self._count(piece, now)
+                        self._count(piece, now, last.get(piece.index))
+                        last[piece.index] = piece.at
                     if piece.finish_reason is not None:
                         self.finish_reasons.append(piece.finish_reason)
-                for index, tokens in arrived.items():
-                    if self.on_interval is not None and index in last:
-                        self.on_interval((now - last[index]) / tokens)
-                    last[index] = now
                 yield pieces
 
-    def _count(self, piece: Piece, now: float) -> None:
+    def _count(self, piece: Piece, now: float, before: float | None) -> None:
         if self.first_token is None:
             self.first_token = now
+        since, intervals = (piece.since, piece.tokens - 1) if before is None else (before, piece.tokens)
+        if self.on_interval is not None and intervals and piece.at > since:  # what is made at once has none
+            self.on_interval((piece.at - since) / intervals)
         self.completion_tokens += piece.tokens
         # A piece with the last of the reasoning and the first of the answer counts for the answer.
         if piece.events and all(isinstance(part, Reasoning) for part in piece.events):

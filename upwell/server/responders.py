@@ -67,7 +67,8 @@ class Conversation:
 
 @dataclass(slots=True)
 class Piece:
-    """Part of choice `index` of a reply. `stop` is the stop string that ended it."""
+    """Part of choice `index` of a reply. `stop` is the stop string that ended it; its first and last tokens were made
+    at `since` and `at`, by time.monotonic()."""
 
     index: int
     events: tuple[Event, ...] = ()
@@ -75,6 +76,8 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop: str | None = None
+    at: float = 0.0
+    since: float = 0.0
 
 
 @dataclass
@@ -246,7 +249,9 @@ class _Output:
         if self._stops:
             self._ids += delta.token_ids
         stop = self._stopped_by() if delta.finish_reason == "stop" else None
-        return Piece(delta.index, tuple(events), len(delta.token_ids), delta.logprobs, delta.finish_reason, stop)
+        since = delta.at if delta.since is None else delta.since
+        return Piece(delta.index, tuple(events), len(delta.token_ids), delta.logprobs, delta.finish_reason, stop,
+                     delta.at, since)  # fmt: skip
 
     def _stopped_by(self) -> str | None:
         """The stop string in the last tokens: the text itself ends before it."""
