@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from upwell.analyst.associations import association, sorts
 from upwell.analyst.mentions import tokenize
-from upwell.analyst.plan import Condition, Dim, Measure, Plan
+from upwell.analyst.plan import Condition, Plan
 from upwell.analyst.rules import Draft
 from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.slots import LinkedQuestion, Mark
@@ -28,7 +28,7 @@ from upwell.analyst.words import COMMON, STOP, UNITS, split_name, stem
 DRAFT = {True: 0.8, False: 0.4}
 _FLOOR = 1e-3  # a plan that the model never drew
 _WEAK = 0.1  # an association below this is chance
-_RANGED = (ColumnKind.NUM, ColumnKind.YEAR, ColumnKind.DATE)
+RANGED = (ColumnKind.NUM, ColumnKind.YEAR, ColumnKind.DATE)
 _MOST = frozenset("most highest largest biggest greatest max maximum top best latest newest last peak record".split())
 _LEAST = frozenset("least lowest smallest fewest min minimum bottom worst earliest oldest first".split())
 _AGES = {"oldest": 1.0, "youngest": -1.0, "newest": -1.0, "latest": -1.0}
@@ -147,7 +147,7 @@ class Asked:
             return 0.0
         word = self.superlatives[0]
         if word in _AGES:  # the oldest has the most years, and the earliest date
-            timed = column is not None and self.profile.columns[column].kind in _RANGED[1:]
+            timed = column is not None and self.profile.columns[column].kind in RANGED[1:]
             return -_AGES[word] if timed else _AGES[word]
         return 1.0 if word in _MOST else -1.0 if word in _LEAST else sorts(word)
 
@@ -155,23 +155,7 @@ class Asked:
 def skeleton(plan: Plan, marked: frozenset[int]) -> Plan:
     """The plan with -1 for every column that no mark points at: what is asked, whatever column was guessed."""
 
-    def known(column: int) -> int:
-        return column if column in marked else -1
-
-    def condition(test: Condition) -> Condition:
-        return replace(test, column=known(test.column))
-
-    return replace(
-        plan,
-        where=tuple(map(condition, plan.where)),
-        by=tuple(Dim(known(d.column), d.unit) for d in plan.by),
-        measures=tuple(
-            Measure(m.fn, None if m.column is None else known(m.column), m.where and condition(m.where))
-            for m in plan.measures
-        ),
-        columns=tuple(map(known, plan.columns)),
-        sort_column=None if plan.sort_column is None else known(plan.sort_column),
-    )
+    return plan.with_columns(lambda column: column if column in marked else -1)
 
 
 def evidence(plan: Plan, asked: Asked, candidates: Mapping[Plan, float], variant: bool = False) -> dict[str, float]:
@@ -237,23 +221,16 @@ def _query(plan: Plan, asked: Asked) -> dict[str, float]:
     note("superlative without order", float(bool(asked.superlatives) and not ordered))
     note("order without superlative", float(ordered and not asked.superlatives and "sort" not in says))
     if plan.sort_column is not None:
-        note("order by a text", float(profile.columns[plan.sort_column].kind not in _RANGED))
+        note("order by a text", float(profile.columns[plan.sort_column].kind not in RANGED))
     if plan.sort:
         sorted_by = plan.sort_column if plan.kind == "show" else plan.measures[0].column
         note("order against the superlative", float(asked.sign(sorted_by) * (1 if plan.sort == "desc" else -1) < 0))
-    if plan.sort_column is not None:
-        note("order by a text", float(profile.columns[plan.sort_column].kind not in _RANGED))
     note("no sort where sorting is asked", float("sort" in says and plan.sort is None))
     note("one row where sorting is asked", float("sort" in says and plan.top == "one"))
-    if plan.sort:
-        sorted_by = plan.sort_column if plan.kind == "show" else plan.measures[0].column
-        note("order against the superlative", float(asked.sign(sorted_by) * (1 if plan.sort == "desc" else -1) < 0))
-    if plan.sort_column is not None:
-        note("order by a text", float(profile.columns[plan.sort_column].kind not in _RANGED))
     # What is asked for.
     shown = {*plan.columns, *(d.column for d in plan.by), *(m.column for m in plan.measures if m.column is not None)}
-    timed = any(profile.columns[c].kind in _RANGED[1:] for c in shown)
-    some = any(c.kind in _RANGED[1:] for c in profile.columns)
+    timed = any(profile.columns[c].kind in RANGED[1:] for c in shown)
+    some = any(c.kind in RANGED[1:] for c in profile.columns)
     note("when without a time", float(asked.when and some and not timed))
     number = plan.kind == "aggregate" and not plan.by and "count" not in says
     note("which as a number", float("which" in says and not asked.when and number and bool(asked.superlatives)))
@@ -288,12 +265,10 @@ def _query(plan: Plan, asked: Asked) -> dict[str, float]:
             if isinstance(low, float) and isinstance(high, float) and not low <= value <= high:
                 note("equals no cell", 1.0)
     # Columns that nothing named, and what the loose words speak for.
-    dated = {c for c in columns if profile.columns[c].kind in _RANGED[1:]
+    dated = {c for c in columns if profile.columns[c].kind in RANGED[1:]
              and (asked.when or any(t.column == c for t in tests))}  # fmt: skip
-    free = [
-        c for c in columns - asked.marked - dated if profile.columns[c].kind is not ColumnKind.KEY
-    ]  # fmt: skip
-    voices = {c: max((of.get(c, 0.0) for of in asked.spoken), default=0.0) for c in free}
+    free = [c for c in columns - asked.marked - dated if profile.columns[c].kind is not ColumnKind.KEY]
+    voices = {c: asked.voices.get(c, 0.0) for c in free}
     note("guessed columns", min(len(free), 3))
     note("columns that no word speaks for", min(sum(voice == 0 for voice in voices.values()), 3))
     note("conditions on guessed columns", min(len({t.column for t in tests} & set(free)), 2))

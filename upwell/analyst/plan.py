@@ -18,8 +18,8 @@ tokens hold places in the list shown to the model, which `order` maps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from upwell.errors import InputError
 
@@ -95,6 +95,24 @@ class Plan:
     sort_column: int | None = None
     top: str | None = None  # a number slot, or "one"
     reason: str | None = None
+
+    def with_columns(self, of: Callable[[int], int]) -> Plan:
+        """The same plan about other columns: of(column) in the place of each."""
+
+        def condition(test: Condition) -> Condition:
+            return replace(test, column=of(test.column))
+
+        return replace(
+            self,
+            where=tuple(map(condition, self.where)),
+            by=tuple(replace(dim, column=of(dim.column)) for dim in self.by),
+            measures=tuple(
+                Measure(m.fn, None if m.column is None else of(m.column), m.where and condition(m.where))
+                for m in self.measures
+            ),
+            columns=tuple(map(of, self.columns)),
+            sort_column=None if self.sort_column is None else of(self.sort_column),
+        )
 
 
 def plan_tokens(plan: Plan, order: Sequence[int] | None = None) -> list[str]:

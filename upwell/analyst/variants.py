@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from upwell.analyst.evidence import Asked, columns_of
+from upwell.analyst.evidence import RANGED, Asked, columns_of
 from upwell.analyst.grammar import PlanGrammar
-from upwell.analyst.plan import Condition, Dim, Measure, Plan, plan_tokens
+from upwell.analyst.plan import Measure, Plan, plan_tokens
 from upwell.analyst.rules import choose_columns
 from upwell.analyst.schema import ColumnKind
 
 PART = 0.25  # of its source's probability that a variant has
 _SOURCES = 6  # the likeliest candidates are varied
-_RANGED = (ColumnKind.NUM, ColumnKind.YEAR, ColumnKind.DATE)
 _FLIPPED = {"asc": "desc", "desc": "asc"}
 
 
@@ -57,7 +56,7 @@ def _other_columns(plan: Plan, asked: Asked) -> Iterator[Plan]:
             continue
         for better, voice in asked.voices.items():
             alike = columns[better].kind is columns[wrong].kind or (
-                columns[better].kind in _RANGED and columns[wrong].kind in _RANGED and not plan.where)  # fmt: skip
+                columns[better].kind in RANGED and columns[wrong].kind in RANGED and not plan.where)  # fmt: skip
             if better != wrong and alike and voice > asked.voices.get(wrong, 0.0):
                 yield _with_column(plan, wrong, better)
 
@@ -65,7 +64,7 @@ def _other_columns(plan: Plan, asked: Asked) -> Iterator[Plan]:
 def _other_order(plan: Plan, asked: Asked) -> Iterator[Plan]:
     columns = asked.profile.columns
     keys = [c for c, column in enumerate(columns) if column.kind is ColumnKind.KEY]
-    dates = [c for c, column in enumerate(columns) if column.kind in _RANGED[1:]]
+    dates = [c for c, column in enumerate(columns) if column.kind in RANGED[1:]]
     named = dates[:1] if asked.when else keys[:1] or dates[:1]
     if plan.sort:
         yield replace(plan, sort=_FLIPPED[plan.sort])
@@ -81,7 +80,7 @@ def _other_order(plan: Plan, asked: Asked) -> Iterator[Plan]:
         if fn in ("sum", "avg") and column is not None and asked.superlatives:
             yield replace(plan, measures=(Measure("max" if asked.sign(column) >= 0 else "min", column),))
     if plan.kind == "show" and plan.sort is None and (asked.superlatives or "sort" in asked.says):
-        ranged = [c for c in (*asked.marked, *asked.voices) if columns[c].kind in _RANGED]
+        ranged = [c for c in (*asked.marked, *asked.voices) if columns[c].kind in RANGED]
         numbers = [f"N{k}" for k in range(len(asked.linked.slots.numbers))]
         unused = [n for n in numbers if all(n not in test.slots for test in plan.where)]
         for column in dict.fromkeys(ranged):
@@ -95,20 +94,5 @@ def _other_order(plan: Plan, asked: Asked) -> Iterator[Plan]:
 
 
 def _with_column(plan: Plan, wrong: int, better: int) -> Plan:
-    def swap(column: int) -> int:
-        return better if column == wrong else column
-
-    def condition(test: Condition) -> Condition:
-        return replace(test, column=swap(test.column))
-
-    return replace(
-        plan,
-        where=tuple(map(condition, plan.where)),
-        by=tuple(Dim(swap(d.column), d.unit) for d in plan.by),
-        measures=tuple(
-            Measure(m.fn, None if m.column is None else swap(m.column), m.where and condition(m.where))
-            for m in plan.measures
-        ),
-        columns=tuple(dict.fromkeys(map(swap, plan.columns))),
-        sort_column=None if plan.sort_column is None else swap(plan.sort_column),
-    )
+    moved = plan.with_columns(lambda column: better if column == wrong else column)
+    return replace(moved, columns=tuple(dict.fromkeys(moved.columns)))

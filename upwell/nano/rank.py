@@ -9,15 +9,12 @@ of a softmax over a question's candidates and "none of these" that make the righ
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,9 +27,10 @@ from upwell.analyst.plan import Plan
 from upwell.analyst.ranking import NONE, WEIGHTS, collect
 from upwell.analyst.rules import draft_plan
 from upwell.analyst.sql import to_sql
+from upwell.bench.questions import load_judge
 
 DEV = Path(__file__).parent / "dev"
-JUDGE = Path(__file__).parents[2] / "benchmarks" / "questions" / "judge.py"
+JUDGE = Path(__file__).parents[2] / "benchmarks" / "questions"
 SETS = ("questions", "hard")
 FOLDS = 9  # of whole tables
 PULL = 1e-3  # of the weights towards PRIOR, beside the mean loss
@@ -52,18 +50,8 @@ class Case:
     answers: list[bool]
 
 
-def load_judge() -> ModuleType:
-    """benchmarks/questions/judge.py, which is a script and no package."""
-    spec = importlib.util.spec_from_file_location("judge", JUDGE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["judge"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def cases(asker: Asker) -> Iterator[Case]:
-    script = load_judge()
+    script = load_judge(JUDGE)
     judge = script.Judge(DEV / "tables")
     for name in SETS:
         questions = script.load_questions(DEV / f"{name}.jsonl")
