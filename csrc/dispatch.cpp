@@ -86,7 +86,13 @@ int64_t upwell_workspace_bytes(const upwell::Call* call, int threads) {
                                                    call->sequence_count, call->tokens, threads);
 }
 
-void upwell_forward(upwell::Call* call) { upwell::run_team(upwell::current->kernels->forward, call); }
+// -1, or, with nothing done, the first of the call's tokens whose id has no row in `embed`.
+int64_t upwell_forward(upwell::Call* call) {
+  for (int64_t t = 0; call->embed != nullptr && t < call->tokens; ++t)
+    if (call->ids[t] < 0 || call->ids[t] >= call->model->vocab) return t;
+  upwell::run_team(upwell::current->kernels->forward, call);
+  return -1;
+}
 
 int64_t upwell_head_workspace_bytes(const upwell::HeadCall* call, int threads) {
   return upwell::current->kernels->head_workspace_bytes(*call->model, call->tokens, threads);

@@ -13,16 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS, ModelConfig
-
-_LINE = 64  # bytes at which tensors begin, as torch's own do
+from upwell.ops.memory import untouched
 
 
 class Tail:
@@ -40,14 +37,8 @@ class Tail:
         return self.kv.shape[1]
 
 
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On a CPU their memory comes page by page as it is written, where torch.zeros would write it all."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    nbytes = prod(shape) * dtype.itemsize
-    raw = np.zeros(nbytes + _LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(shape)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return untouched(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 class LayerCache:
@@ -65,11 +56,11 @@ class LayerCache:
         if ratio:
             per_block = BLOCK_TOKENS // ratio
             overlap = 2 if ratio == config.csa_ratio else 1
-            self.entries = _untouched((blocks, per_block, config.head_dim), dtype, device)
+            self.entries = _zeros((blocks, per_block, config.head_dim), dtype, device)
             self.tail = Tail(slots, overlap * ratio, overlap * config.head_dim, device)
             if ratio == config.csa_ratio:
                 c = config.index_head_dim
-                self.index_keys = _untouched((blocks, per_block, c), dtype, device)
+                self.index_keys = _zeros((blocks, per_block, c), dtype, device)
                 self.index_tail = Tail(slots, 2 * ratio, 2 * c, device)
 
     def tensors(self) -> list[Tensor]:
@@ -128,7 +119,7 @@ class KVCache:
                 owners.setdefault((ring.shape, ring.dtype), []).append((owner, name))
         stacks = []
         for (shape, dtype), rings in owners.items():
-            stack = torch.zeros(len(rings), *shape, dtype=dtype, device=self.layers[0].window.device)
+            stack = _zeros((len(rings), *shape), dtype, self.layers[0].window.device)
             for part, (owner, name) in zip(stack, rings, strict=True):
                 setattr(owner, name, part)
             stacks.append(stack)

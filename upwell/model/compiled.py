@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.offload import GUESSED_TOKENS, Callbacks
 from upwell.ops import experts_native, native
 from upwell.ops.linear import dense_weight
+from upwell.ops.memory import untouched
 
 if TYPE_CHECKING:
     from upwell.model.transformer import Block, Transformer
@@ -35,6 +36,7 @@ _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held 
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _ARENA = 1 << 23  # floats
 _PANELS = 4
+_SEQUENCE = 5  # words of a Sequence
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
 
@@ -75,7 +77,7 @@ class Plan:
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
-            self.workspace = torch.empty(nbytes // 4 + 1024)
+            self.workspace = untouched((nbytes // 4 + 1024,))
         return self.workspace.data_ptr()
 
 
@@ -86,7 +88,7 @@ class _Builder:
         self.pack = pack
         self.kept: list[Any] = []
         self.formats: set[int] = set()
-        self.arena, self.used = torch.empty(0), 0
+        self.arena, self.used = torch.empty(0), 0  # floats
         self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
         self.paged: list[Any] = []  # tables of layers whose experts are on disk
 
@@ -115,7 +117,7 @@ class _Builder:
         rows, cols = weight.shape[0] // groups, weight.shape[1]
         size = -(-rows // native.PANEL) * native.PANEL * cols
         if self.used + groups * size > self.arena.numel():
-            self.arena, self.used = torch.empty(max(_ARENA, groups * size)), 0
+            self.arena, self.used = untouched((max(_ARENA, groups * size),)), 0
             self.kept.append(self.arena)
         at = self.arena.data_ptr() + 4 * self.used
         lib = native.library()
@@ -232,16 +234,19 @@ class _Builder:
         return out
 
 
-def plan(model: Transformer, heads: bool = False) -> Plan | None:
+def plan(model: Transformer, step: Step | None = None, heads: bool = False) -> Plan | None:
     """The model's plan, made or remade where needed; None where the kernels can't serve this model now.
 
-    Only what the caller runs is checked for changes, which costs a decode step of a small model: layers or `heads`.
+    Only what the caller runs is checked for changes: layers or `heads`. A `step` that only goes on with sequences
+    isn't checked, which would cost a small model a tenth of it: its weights are those that the cache was made with.
     """
     if torch.is_grad_enabled() or native.library() is None or torch.compiler.is_compiling():
         return None
     held: Plan | bool | None = model.__dict__.get("_plan", False)
-    if isinstance(held, Plan) and (held.of_heads if heads else held.of_layers).current():
-        return held
+    if isinstance(held, Plan):
+        begun = step is not None and 0 not in step.starts
+        if begun or (held.of_heads if heads else held.of_layers).current():
+            return held
     if held is None:
         return None
     made = _make(model)
@@ -259,7 +264,7 @@ def _make(model: Transformer) -> Plan | None:
     is_part = c is not model.config
     weight = model.embed.weight
     if (
-        weight.dtype != torch.float32 or weight.device.type != "cpu" or model.numerics != "exact"
+        weight.dtype != torch.float32 or not weight.is_contiguous() or weight.device.type != "cpu" or model.numerics != "exact"
         or c.hc_mult > 8 or c.o_groups > 64 or c.qk_rope_head_dim > 512
     ):  # fmt: skip
         return None
@@ -325,21 +330,28 @@ def _chunks(lengths: list[int]) -> list[list[tuple[int, int, int]]]:
 class Piece:
     """Tokens that one call takes through the layers: `rows` of the flattened input, of these sequences."""
 
-    sequences: Any
+    sequences: array[int]  # csrc/layout.h's Sequence, field by field
     tokens: int
     rows: slice | Tensor
-    tables: list[Any]  # what the sequences point to
+    tables: array[int]  # what the sequences point to
+
+    @property
+    def address(self) -> int:
+        return self.sequences.buffer_info()[0]
+
+    @property
+    def count(self) -> int:
+        return len(self.sequences) // _SEQUENCE
 
 
 def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
     first_rows = step.first_rows(input_ids)
-    tables = [array("q", table) for table in step.tables]
+    tables = array("q", chain.from_iterable(step.tables))
+    at_tables = list(accumulate(map(len, step.tables), initial=tables.buffer_info()[0] // 8))
     for parts in _chunks(step.lengths):
-        sequences = (native.Sequence * len(parts))()
-        row, spans = 0, []
-        for at, (b, offset, count) in zip(sequences, parts, strict=True):
-            at.slot, at.start, at.length, at.row = step.slots[b], step.starts[b] + offset, count, row
-            at.table = tables[b].buffer_info()[0]
+        sequences, row, spans = array("q"), 0, []
+        for b, offset, count in parts:
+            sequences.extend((step.slots[b], step.starts[b] + offset, count, row, 8 * at_tables[b]))
             spans.append((first_rows[b] + offset, count))
             row += count
         first = spans[0][0]
@@ -364,30 +376,31 @@ def takes(cache: KVCache) -> bool:
 
 
 def run_layers(
-    plan: Plan, input_ids: Tensor, streams: Tensor, cache: KVCache, step: Step, mtp: int | None = None,
-    load: Tensor | None = None,
-) -> bool:  # fmt: skip
-    """All layers (or MTP block `mtp`) on streams [B*S, h, D] in place, extending the cache.
+    plan: Plan, input_ids: Tensor, cache: KVCache, step: Step, embed: Tensor | None = None,
+    streams: Tensor | None = None, mtp: int | None = None, load: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Streams [B*S, h, D] after all layers (or MTP block `mtp`), which extend the cache. They begin as rows of
+    embed [V, D], or as `streams`, which are overwritten.
 
-    load [layers + MTP blocks, E]: tokens by expert, counted on. False, and nothing done, where the kernels don't take
-    this cache.
+    load [layers + MTP blocks, E]: tokens by expert, counted on. The cache has to be one that the kernels take.
     """
-    if not takes(cache):
-        return False
+    ids = input_ids.contiguous().view(-1)
+    if streams is None:
+        streams = torch.empty(ids.shape[0], plan.model.streams, plan.model.hidden)
     with plan.lock:
         layers, caches = structs(plan, cache, mtp)
-        ids = input_ids.contiguous().view(-1)
+        table = None if embed is None else embed.data_ptr()
         counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
         for piece in pieces(input_ids, step):
             part, part_ids = streams[piece.rows], ids[piece.rows]
             call = native.Call(
-                pointer(plan.model), layers, caches, len(layers), piece.sequences, len(piece.sequences), piece.tokens,
-                BLOCK_TOKENS, part_ids.data_ptr(), part.data_ptr(), load=counts,
+                pointer(plan.model), layers, caches, len(layers), piece.address, piece.count, piece.tokens,
+                BLOCK_TOKENS, part_ids.data_ptr(), table, part.data_ptr(), load=counts,
             )  # fmt: skip
             run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
             if not isinstance(piece.rows, slice):
                 streams[piece.rows] = part
-    return True
+    return streams
 
 
 def run(plan: Plan, call: native.Call, paged: Callbacks | None = None) -> None:
@@ -399,13 +412,15 @@ def run(plan: Plan, call: native.Call, paged: Callbacks | None = None) -> None:
     at_call = ctypes.addressof(call)
     call.workspace = plan.room(lib.upwell_workspace_bytes(at_call, threads))
     if paged is None:
-        lib.upwell_forward(at_call)
-        return
-    call.take = paged.take
-    if call.tokens <= GUESSED_TOKENS:
-        call.expect = paged.expect
-    with paged.called():
-        lib.upwell_forward(at_call)
+        wrong = lib.upwell_forward(at_call)
+    else:
+        call.take = paged.take
+        if call.tokens <= GUESSED_TOKENS:
+            call.expect = paged.expect
+        with paged.called():
+            wrong = lib.upwell_forward(at_call)
+    if wrong >= 0:
+        raise IndexError(f"token {wrong} of the call has an id outside the vocabulary of {call.model[0].vocab}")
 
 
 def run_head(plan: Plan, streams: Tensor, vocab: int, mtp: int | None = None) -> Tensor:

@@ -88,10 +88,10 @@ class _Tokens:
     def _run(
         self, parts: Parts, layer: Any, cache: Any, tokens: int, x: Tensor, y: Tensor, load: Tensor | None = None
     ) -> None:
-        sequences = self.piece.sequences if parts == Parts.ATTENTION else ()
+        at, count = (self.piece.address, self.piece.count) if parts == Parts.ATTENTION else (None, 0)
         call = native.Call(
-            pointer(self.plan.model), layer, cache, 1, sequences or None, len(sequences), tokens, BLOCK_TOKENS,
-            self.ids.data_ptr(), self.streams.data_ptr(), parts=int(parts), x=x.data_ptr(), y=y.data_ptr(),
+            pointer(self.plan.model), layer, cache, 1, at, count, tokens, BLOCK_TOKENS,
+            self.ids.data_ptr(), None, self.streams.data_ptr(), parts=int(parts), x=x.data_ptr(), y=y.data_ptr(),
             post=self.post.data_ptr(), comb=self.comb.data_ptr(), load=None if load is None else load.data_ptr(),
         )  # fmt: skip
         compiled.run(self.plan, call)

@@ -229,7 +229,7 @@ class ParallelTransformer(Transformer):
     ) -> Tensor:  # fmt: skip
         """Streams [T, h, D] of all layers, or of MTP block `mtp`. begin(ids [n], rows, share) are the own tokens'
         streams [t, h, D] before them, of the tokens at `rows` of the flattened input."""
-        if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
+        if cache is not None and step is not None and (plan := compiled.plan(self, step)) is not None:
             out = compiled_parallel.run_layers(self, plan, begin, input_ids, cache, step, mtp)
             if out is not None:
                 return out

@@ -132,11 +132,9 @@ class Transformer(nn.Module):
         """
         if self.pages is not None:
             expect_hash_layers(self, self.pages, input_ids)
+        if cache is not None and step is not None and (plan := self._plan_for(cache, step)) is not None:
+            return compiled.run_layers(plan, input_ids, cache, step, self.embed.weight, load=self.expert_load)
         embedded = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
-        if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
-            own = embedded.contiguous()
-            if compiled.run_layers(plan, input_ids, own, cache, step, load=self.expert_load):
-                return own
         if step is not None and step.is_ragged(input_ids):
             parts = input_ids[0].split(step.lengths)
             padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
@@ -156,6 +154,9 @@ class Transformer(nn.Module):
         """Sequences of different lengths in one forward cost no more than their tokens (no gradient, no autograd)."""
         with torch.no_grad():
             return compiled.plan(self) is not None
+
+    def _plan_for(self, cache: KVCache, step: Step) -> compiled.Plan | None:
+        return compiled.plan(self, step) if compiled.takes(cache) else None
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""
@@ -200,10 +201,10 @@ class Transformer(nn.Module):
         """What MTP block `depth` makes of the streams and the tokens after them: streams [B*S, h, D]."""
         block = self._mtp_block(depth)
         joined = block.join(self.embed(next_ids).flatten(0, 1), streams)
-        if cache is not None and step is not None and (plan := compiled.plan(self)) is not None:
-            out = joined.contiguous()
-            if compiled.run_layers(plan, next_ids, out, cache, step, mtp=depth, load=self.expert_load):
-                return out
+        if cache is not None and step is not None and (plan := self._plan_for(cache, step)) is not None:
+            return compiled.run_layers(
+                plan, next_ids, cache, step, streams=joined.contiguous(), mtp=depth, load=self.expert_load
+            )
         plain, _ = self._ropes(next_ids, step)
         return settled(block(joined, next_ids, plain, cache.mtp[depth] if cache else None, step))
 

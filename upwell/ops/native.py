@@ -67,10 +67,6 @@ class LayerCache(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Sequence(ctypes.Structure):
-    _fields_ = [("slot", c_int64), ("start", c_int64), ("length", c_int64), ("row", c_int64), ("table", c_void_p)]
-
-
 TAKE = ctypes.CFUNCTYPE(c_int64, c_int64, c_int64, POINTER(c_int32), c_int64)
 EXPECT = ctypes.CFUNCTYPE(None, c_int64, POINTER(c_int32), c_int64)
 
@@ -78,8 +74,8 @@ EXPECT = ctypes.CFUNCTYPE(None, c_int64, POINTER(c_int32), c_int64)
 class Call(ctypes.Structure):
     _fields_ = [
         ("model", POINTER(Model)), ("layers", POINTER(Layer)), ("caches", POINTER(LayerCache)),
-        ("layer_count", c_int64), ("sequences", POINTER(Sequence)), ("sequence_count", c_int64), ("tokens", c_int64),
-        ("block_tokens", c_int64), ("ids", c_void_p), ("streams", c_void_p), ("workspace", c_void_p),
+        ("layer_count", c_int64), ("sequences", c_void_p), ("sequence_count", c_int64), ("tokens", c_int64),
+        ("block_tokens", c_int64), *((name, c_void_p) for name in ("ids", "embed", "streams", "workspace")),
         ("workspace_floats", c_int64), ("picks", c_void_p), ("take", TAKE), ("expect", EXPECT),
         ("load", c_void_p), ("parts", c_int64), *((name, c_void_p) for name in ("x", "y", "post", "comb")),
     ]  # fmt: skip
@@ -136,9 +132,8 @@ def _loaded() -> ctypes.CDLL | None:
     for name in ("upwell_workspace_bytes", "upwell_head_workspace_bytes"):
         function = getattr(lib, name)
         function.argtypes, function.restype = [c_void_p, c_int], c_int64
-    for name in ("upwell_forward", "upwell_head"):
-        function = getattr(lib, name)
-        function.argtypes, function.restype = [c_void_p], None
+    lib.upwell_forward.argtypes, lib.upwell_forward.restype = [c_void_p], c_int64
+    lib.upwell_head.argtypes, lib.upwell_head.restype = [c_void_p], None
     lib.upwell_pack.argtypes, lib.upwell_pack.restype = [c_void_p, c_int64, c_int64, c_void_p], None
     lib.upwell_set_threads.argtypes = [c_int]
     lib.upwell_product.argtypes, lib.upwell_product.restype = [c_void_p], None
