@@ -1,6 +1,6 @@
 // A layer cut by tokens: a thread takes a block of tokens through all dense products up to the next point where tokens
 // meet (the window, the entries, the experts), so activations stay in its cache and weights stream from the shared one.
-// Serves many tokens where a layer's dense weights fit that cache: prefill of small models.
+// Serves several tokens where a layer's dense weights fit that cache: small models.
 
 constexpr int64_t kBlock = 48;        // tokens of a block, at most
 constexpr int64_t kExpertRows = 96;   // an expert's tokens at a time
@@ -11,7 +11,11 @@ struct OwnBuffers {  // of one thread, for a block
   int32_t *pairs, *key_pairs;
 };
 
-static bool by_tokens(const Model& m, int64_t tokens, int threads) { return m.by_tokens && tokens >= 24 * threads; }
+// Each thread reads all of a layer's dense weights. Two threads read them together out of the shared cache, and fewer
+// barriers are worth that from one token each; what more threads do isn't measured, so there it has to be many tokens.
+static bool by_tokens(const Model& m, int64_t tokens, int threads) {
+  return m.by_tokens && tokens >= (threads <= 2 ? 1 : 12) * threads && tokens > 1;
+}
 
 static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, char* base, int thread, int threads,
                               Buffers& b, OwnBuffers& o) {

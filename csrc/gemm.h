@@ -26,10 +26,6 @@ INLINE Vec widen_fp4(VecI code) {  // 0, .5, 1, 1.5, 2, 3, 4, 6: an FP8-like fie
   Vec value = reinterpret_cast<Vec>((code & 7) << 22) * 0x1p126f;
   return reinterpret_cast<Vec>(reinterpret_cast<VecI>(value) | ((code & 8) << 28));
 }
-INLINE float fp4_scalar(int code) {
-  static const float values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
-  return values[code];
-}
 
 // One weight row as FP32: the row itself, or decoded into `buffer` [cols].
 static const float* weight_row(const Matrix& m, int64_t row, float* buffer) {

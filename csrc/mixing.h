@@ -69,19 +69,29 @@ static void mix_any(const Model& m, const Mix& mix, const float* streams, const 
   else mix_tokens<0>(m, mix, streams, z, count, head, norm, post, comb, x);
 }
 
-// X'_j = post_j y + sum_i comb[i, j] X_i of one token, in place.
-static void leave_token(const Model& m, float* streams, const float* y, const float* post, const float* comb) {
-  const int h = int(m.streams);
+// X'_j = post_j y + sum_i comb[i, j] X_i of one token, in place. H: the number of streams, 0 for any.
+template <int H>
+static void leave_streams(const Model& m, float* streams, const float* y, const float* post, const float* comb) {
+  const int h = H ? H : int(m.streams);
   const int64_t n = m.hidden;
-  for (int64_t d = 0; d < n; d += kLanes) {
-    const Vec out = load_at(y, d, n);
-    Vec in[8];
-    for (int i = 0; i < h; ++i) in[i] = load_at(streams + i * n, d, n);
+  auto columns = [&](int64_t d, auto get, auto put) {
+    const Vec out = get(y + d);
+    Vec in[H ? H : 8];
+    for (int i = 0; i < h; ++i) in[i] = get(streams + i * n + d);
     for (int j = 0; j < h; ++j) {
       Vec sum = out * post[j];
       for (int i = 0; i < h; ++i) sum += in[i] * comb[i * h + j];
-      if (d + kLanes <= n) store(streams + j * n + d, sum);
-      else store_part(streams + j * n + d, sum, int(n - d));
+      put(streams + j * n + d, sum);
     }
-  }
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) columns(d, load, store);
+  const int left = int(n - d);
+  if (left > 0)
+    columns(d, [&](const float* p) { return load_part(p, left); }, [&](float* p, Vec v) { store_part(p, v, left); });
+}
+
+static void leave_token(const Model& m, float* streams, const float* y, const float* post, const float* comb) {
+  if (m.streams == 4) leave_streams<4>(m, streams, y, post, comb);
+  else leave_streams<0>(m, streams, y, post, comb);
 }

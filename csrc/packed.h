@@ -112,10 +112,12 @@ static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
     }
     float* out = reinterpret_cast<float*>(in.space + c * in.row_bytes);
     const int64_t whole = in.n / chunk * chunk;
-    for (int64_t base = 0; base < whole; base += chunk)
-      for (int part = 0; part < P; ++part)
-        for (int lane = 0; lane < kLanes; ++lane)
-          out[base + part * kLanes + lane] = x[base + lane * P + part] * up[0] * up[1];
+    for (int64_t base = 0; base < whole; base += chunk) {
+      Vec in[P], parts[P];
+      for (int i = 0; i < P; ++i) in[i] = load(x + base + i * kLanes) * up[0] * up[1];
+      every_pth<P>(in, parts);
+      for (int i = 0; i < P; ++i) store(out + base + i * kLanes, parts[i]);
+    }
     for (int64_t i = whole; i < padded; ++i) {
       const int64_t at = whole + (i - whole) % P * kLanes + (i - whole) / P;
       out[at] = i < in.n ? x[i] * up[0] * up[1] : 0.0f;
@@ -217,7 +219,7 @@ static void packed_block(const Rows& w, int64_t from, int64_t to, int64_t ahead,
   for (int i = 0; i < R * C; ++i) acc[i / C][i % C] = sums[i];
   int64_t col = from;
 #if UPWELL_BYTE_DOTS
-  const ByteVec table = doubles_of_codes();
+  const ByteVec table = load_bytes(doubles_of_codes.values);
 #endif
   auto step = [&](const Rows& rows, int64_t at) {
 #if UPWELL_BYTE_DOTS
@@ -253,8 +255,32 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
   const uint8_t* scale = nullptr;
   if (F == kFP8) scale = m.scale + first / 128 * ((n + 127) / 128);
   if (F == kFP4) scale = m.scale + first * row_scales;
-  Vec sums[kTile * C] = {};
   VecI nan{};
+  auto is_nan = [&] {
+    int32_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
+    return bool(any & int32_t(0x80808080));
+  };
+  auto rows_from = [&](int r) { return Rows{data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}; };
+  if (n <= block && width == kTile) {  // short rows: what a row comes to never leaves the registers
+    for (int r = 0; r < kTile; r += R) {
+      Vec sums[R * C] = {};
+      packed_block<F, R, C>(rows_from(r), 0, n, R * row_bytes, in, c0, sums, nan);
+      for (int i = 0; i < R * C; i += 4) {  // four at once: of one input row, or of one weight row
+        constexpr int step = R == 4 ? C : 1;
+        const int at = R == 4 ? i / 4 : i;
+        float four[4];
+        sum_four(sums[at], sums[at + step], sums[at + 2 * step], sums[at + 3 * step], four);
+        for (int k = 0; k < 4; ++k) {
+          const int c = R == 4 ? at : i % C + k, row = R == 4 ? k : i / C;
+          const float* back = in.back[c0 + c];
+          out[c * ldo + r + row] = four[k] * back[0] * back[1];
+        }
+      }
+    }
+    return is_nan();
+  }
+  Vec sums[kTile * C] = {};
   for (int64_t from = 0; from < n; from += block) {
     const int64_t to = from + block < n ? from + block : n;
     // What comes next: rows, the next block of these, or the first of the tile after next (the next is another thread's).
@@ -262,17 +288,14 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
     if (block < n) ahead = to < n ? block * 4 / kParts<F> : 2 * kTile * row_bytes - from * 4 / kParts<F>;
     int r = 0;
     for (; r + R <= width; r += R)
-      packed_block<F, R, C>({data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}, from, to, ahead, in, c0, sums + r * C, nan);
-    for (; r < width; ++r)
-      packed_block<F, 1, C>({data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}, from, to, ahead, in, c0, sums + r * C, nan);
+      packed_block<F, R, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
+    for (; r < width; ++r) packed_block<F, 1, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
   }
   for (int c = 0; c < C; ++c) {
     const float *back = in.back[c0 + c];
     for (int r = 0; r < width; ++r) out[c * ldo + r] = sum_lanes(sums[r * C + c]) * back[0] * back[1];
   }
-  int32_t any = 0;
-  for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
-  return any & int32_t(0x80808080);
+  return is_nan();
 }
 
 template <int64_t F>

@@ -48,6 +48,10 @@ struct alignas(VECTOR_BYTES) ByteChunk {
   float scale[kLanes];
 };
 
+typedef int8_t SignedBytes __attribute__((vector_size(kLanes)));
+typedef uint16_t BytePairs __attribute__((vector_size(32)));
+typedef uint8_t EachSecond __attribute__((vector_size(16)));
+
 static void lay_out_bytes(Inputs& in, const float* x, int64_t ldx) {
   constexpr int64_t chunk = 2 * VECTOR_BYTES;
   const int64_t chunks = (in.n + chunk - 1) / chunk;
@@ -67,27 +71,34 @@ static void lay_out_bytes(Inputs& in, const float* x, int64_t ldx) {
       ByteChunk& to = out[group * 32 / chunk];
       const int lane = int(group * 32 % chunk / 8);  // its first of four
       float values[32];
-      for (int i = 0; i < 32; ++i) values[i] = group * 32 + i < in.n ? x[group * 32 + i] * up[0] * up[1] : 0.0f;
+      for (int i = 0; i < 32; i += kLanes)  // n is a multiple of 32
+        store(values + i, group * 32 < in.n ? load(x + group * 32 + i) * up[0] * up[1] : zero());
       int own = exponent_of(values, 32);
       if (own < -100) own = -100;  // next to the row's largest value that is nothing
       const float fine = power_of_two(21 - own), scale = power_of_two(own - 22);  // 22: a table holds doubles
-      int32_t sums[4] = {};
-      for (int i = 0; i < 32; ++i) {
+      alignas(64) int32_t wholes[32];
+      alignas(32) int8_t bytes[3][32];
+      for (int i = 0; i < 32; i += kLanes) {
         // Adding 1.5 * 2^23 rounds to a whole number, which the low bits then hold.
-        const float shifted = values[i] * fine + 12582912.0f;
-        int32_t bits;
-        __builtin_memcpy(&bits, &shifted, 4);
-        int32_t whole = bits - 0x4b400000;
-        sums[i / 8] += whole;
-        const int low = int8_t(whole);
-        whole = (whole - low) >> 8;
-        const int middle = int8_t(whole);
-        const int at = lane * 4 + i / 2;
-        to.part[0][i % 2][at] = int8_t((whole - middle) >> 8);
-        to.part[1][i % 2][at] = int8_t(middle);
-        to.part[2][i % 2][at] = int8_t(low);
+        const VecI whole = reinterpret_cast<VecI>(load(values + i) * fine + 12582912.0f) - 0x4b400000;
+        const VecI low = (whole << 24) >> 24, rest = (whole - low) >> 8, middle = (rest << 24) >> 24;
+        __builtin_memcpy(wholes + i, &whole, VECTOR_BYTES);
+        const SignedBytes cut[3] = {__builtin_convertvector((rest - middle) >> 8, SignedBytes),
+                                    __builtin_convertvector(middle, SignedBytes), __builtin_convertvector(low, SignedBytes)};
+        for (int p = 0; p < 3; ++p) __builtin_memcpy(bytes[p] + i, &cut[p], kLanes);
       }
-      for (int i = 0; i < 4; ++i) to.start[lane + i] = -kBias * sums[i], to.scale[lane + i] = scale;
+      for (int p = 0; p < 3; ++p) {
+        BytePairs pairs;
+        __builtin_memcpy(&pairs, bytes[p], 32);
+        const EachSecond even = __builtin_convertvector(pairs, EachSecond), odd = __builtin_convertvector(pairs >> 8, EachSecond);
+        __builtin_memcpy(to.part[p][0] + lane * 4, &even, 16);
+        __builtin_memcpy(to.part[p][1] + lane * 4, &odd, 16);
+      }
+      for (int i = 0; i < 4; ++i) {
+        int32_t sum = 0;
+        for (int k = 0; k < 8; ++k) sum += wholes[8 * i + k];
+        to.start[lane + i] = -kBias * sum, to.scale[lane + i] = scale;
+      }
     }
   }
 }
@@ -114,11 +125,14 @@ INLINE Vec byte_scales(const uint8_t* scale) {
 }
 #endif
 
-INLINE ByteVec doubles_of_codes() {
-  alignas(64) int8_t values[VECTOR_BYTES];
-  for (int i = 0; i < VECTOR_BYTES; ++i) values[i] = int8_t(kBias + int(2 * fp4_scalar(i % 16)));
-  return load_bytes(values);
-}
+struct alignas(64) DoublesOfCodes {
+  int8_t values[VECTOR_BYTES] = {};
+  constexpr DoublesOfCodes() {
+    constexpr int8_t of_code[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    for (int i = 0; i < VECTOR_BYTES; ++i) values[i] = int8_t(kBias + (i & 8 ? -of_code[i & 7] : of_code[i & 7]));
+  }
+};
+constexpr DoublesOfCodes doubles_of_codes;
 
 // acc[r][c] += a chunk of R weight rows, at column `at` of their rows and `col` of the inputs, times C input rows.
 template <int R, int C>

@@ -171,6 +171,35 @@ INLINE Vec softplus(Vec x) {
   return select(x > 0.0f, x, zero()) + 2.0f * w * p;
 }
 
+// in: P vectors in a row -> out[p]: each P-th lane of them, from lane p on.
+template <int P>
+INLINE void every_pth(const Vec* in, Vec* out) {
+#if VECTOR_BYTES == 64
+#define UPWELL_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define UPWELL_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif VECTOR_BYTES == 32
+#define UPWELL_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define UPWELL_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define UPWELL_EVEN 0, 2, 4, 6
+#define UPWELL_ODD 1, 3, 5, 7
+#endif
+  if constexpr (P == 1) {
+    out[0] = in[0];
+  } else {
+    Vec even[P / 2], odd[P / 2], evens[P / 2], odds[P / 2];
+    for (int i = 0; i < P / 2; ++i) {
+      even[i] = __builtin_shufflevector(in[2 * i], in[2 * i + 1], UPWELL_EVEN);
+      odd[i] = __builtin_shufflevector(in[2 * i], in[2 * i + 1], UPWELL_ODD);
+    }
+    every_pth<P / 2>(even, evens);
+    every_pth<P / 2>(odd, odds);
+    for (int i = 0; i < P / 2; ++i) out[2 * i] = evens[i], out[2 * i + 1] = odds[i];
+  }
+#undef UPWELL_EVEN
+#undef UPWELL_ODD
+}
+
 // a[i][j] -> a[j][i].
 INLINE void transpose(Vec (&a)[kLanes]) {
 #if VECTOR_BYTES == 64

@@ -5,41 +5,47 @@ Answers repeat what they were asked about: names, numbers, code, and nano the pl
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 _REACH = 32768  # tokens of a prompt, its last ones, that are looked at
+_BYTES = 4  # of a token in the text that is searched
 
 
 class Lookup:
-    """Where each token and each pair of tokens last stood in one sequence."""
+    """The text of one sequence, searched from its end: bytes, for a search of bytes takes a microsecond and no index
+    has to be made of a prompt whose answer is short."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens: list[int] = []
-        self._after: dict[int | tuple[int, int], int] = {}
-        self.extend(tokens[-_REACH:])
-        self._first = len(self._tokens)
+        self._text = bytearray(_bytes(tokens[-_REACH:]))
+        self._first = len(self._text)
 
     @property
     def grown(self) -> int:
         """Tokens it was extended by."""
-        return len(self._tokens) - self._first
+        return (len(self._text) - self._first) // _BYTES
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The sequence has grown by these."""
-        own, after = self._tokens, self._after
-        for token in tokens:
-            at = len(own)
-            # What ends just before this token has only now something after it.
-            if at > 0:
-                after[own[-1]] = at
-            if at > 1:
-                after[own[-2], own[-1]] = at
-            own.append(token)
+        self._text += _bytes(tokens)
 
     def propose(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next; none where the end is new."""
-        own = self._tokens
-        at = self._after.get((own[-2], own[-1])) if len(own) > 1 else None
+        at = self._after(2)
         if at is None:
-            at = self._after.get(own[-1])
-        return [] if at is None else own[at : at + most]
+            at = self._after(1)
+        return [] if at is None else list(memoryview(self._text)[at : at + most * _BYTES].cast("i"))
+
+    def _after(self, tokens: int) -> int | None:
+        """Where the text goes on after the last time that its last so many tokens stood before."""
+        size = tokens * _BYTES
+        end, last = len(self._text) - _BYTES, bytes(self._text[-size:])
+        while len(last) == size and (at := self._text.rfind(last, 0, end)) >= 0:
+            if at % _BYTES == 0:
+                return at + size
+            end = at + size - 1
+        return None
+
+
+def _bytes(tokens: Sequence[int]) -> bytes:
+    return array("i", tokens).tobytes()

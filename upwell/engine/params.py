@@ -93,6 +93,12 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def is_plain(self) -> bool:
+        """Greedy, with nothing that changes the logits or reports them."""
+        changed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
+        return self.is_greedy and self.logprobs is None and not changed
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

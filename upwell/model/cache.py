@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class KVCache:
         """What the rings hold where tokens at these positions of these slots (pairs) will go. As many positions of a
         slot as its shortest ring has places (2 * csa_ratio), at most."""
         self.told("save", {"slots": slots, "positions": positions})
-        at = torch.tensor(slots, device=self._rings[0].device), torch.tensor(positions, device=self._rings[0].device)
+        at = self._numbers(slots), self._numbers(positions)
         return SavedRings(*at, [ring[:, at[0], at[1] % ring.shape[2]] for ring in self._rings])
 
     def restore(self, saved: SavedRings, which: list[int]) -> None:
@@ -104,12 +105,17 @@ class KVCache:
         for ring, rows in zip(self._rings, saved.rows, strict=True):
             ring[:, slots, positions % ring.shape[2]] = rows[:, which]
 
+    def _numbers(self, values: list[int]) -> Any:
+        ring = self._rings[0]
+        return torch.tensor(values, device=ring.device) if isinstance(ring, Tensor) else np.array(values)
+
     def told(self, name: str, values: dict[str, Any], *tensors: Tensor) -> None:
         if self.tell is not None:
             self.tell(name, values, tensors)
 
-    def _stack_rings(self) -> list[Tensor]:
-        """Lay rings of one shape behind each other, [n, slots, ring, width], so that one call saves them all."""
+    def _stack_rings(self) -> list[Any]:
+        """Lay rings of one shape behind each other, [n, slots, ring, width], so that one call saves them all. On a CPU
+        as numpy arrays of bytes, the same memory: their indexing takes a tenth of torch's time."""
         owners: dict[tuple[torch.Size, torch.dtype], list[tuple[LayerCache | Tail, str]]] = {}
         for layer in (*self.layers, *self.mtp):
             rings: list[tuple[LayerCache | Tail, str]] = [(layer, "window")]
@@ -117,12 +123,12 @@ class KVCache:
             for owner, name in rings:
                 ring = getattr(owner, name)
                 owners.setdefault((ring.shape, ring.dtype), []).append((owner, name))
-        stacks = []
+        stacks: list[Any] = []
         for (shape, dtype), rings in owners.items():
             stack = _zeros((len(rings), *shape), dtype, self.layers[0].window.device)
             for part, (owner, name) in zip(stack, rings, strict=True):
                 setattr(owner, name, part)
-            stacks.append(stack)
+            stacks.append(stack.view(torch.uint8).numpy() if stack.device.type == "cpu" else stack)
         return stacks
 
 
@@ -130,9 +136,9 @@ class KVCache:
 class SavedRings:
     """Rows of all rings at N pairs of slot and position: rows of each stack [n, N, width]."""
 
-    slots: Tensor
-    positions: Tensor
-    rows: list[Tensor]
+    slots: Any  # [N], as positions: a tensor or, like the rows, of numpy
+    positions: Any
+    rows: list[Any]
 
 
 class DecodeInputs:

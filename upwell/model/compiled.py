@@ -34,6 +34,7 @@ CHUNK = 512  # tokens a call takes through all layers: what its activations need
 _version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
+_DECODED_BYTES = 128 << 20  # packed models up to this size in FP32 are held so, too, for calls of many tokens
 _ARENA = 1 << 23  # floats
 _PANELS = 4
 _SEQUENCE = 5  # words of a Sequence
@@ -74,6 +75,12 @@ class Plan:
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
+    decoded: tuple[native.Model, Any] | None = None  # model and layers of small packed weights as FP32
+
+    def of(self, tokens: int, threads: int) -> tuple[native.Model, Any]:
+        """Model and layers for a call of so many tokens."""
+        many = tokens >= threads * (3 if threads <= 2 else 12)  # see by_tokens (csrc/blocks.h)
+        return self.decoded if self.decoded and many else (self.model, self.layers)
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
@@ -82,12 +89,14 @@ class Plan:
 
 
 class _Builder:
-    """Collects the addresses of a model's tensors. `pack`: whether FP32 matrices are copied into panels."""
+    """Collects the addresses of a model's tensors. `pack`: whether FP32 matrices are copied into panels; `decode`:
+    whether others are, decoded."""
 
-    def __init__(self, pack: bool) -> None:
-        self.pack = pack
+    def __init__(self, pack: bool, decode: bool = False) -> None:
+        self.pack, self.decode = pack, decode
         self.kept: list[Any] = []
         self.formats: set[int] = set()
+        self.weights = 0  # of the matrices
         self.arena, self.used = torch.empty(0), 0  # floats
         self.watched: list[tuple[dict[str, Any], str, Any, int]] = []
         self.paged: list[Any] = []  # tables of layers whose experts are on disk
@@ -128,11 +137,14 @@ class _Builder:
         return native.Matrix(at, None, groups * rows, cols, _PANELS)
 
     def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1) -> native.Matrix:
+        if self.decode:
+            weight = dense_weight(weight, scale, torch.float32).contiguous()
         if self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
             made = self.panels(weight, groups)
         else:
             made = self.raw(weight, scale)
         self.formats.add(made.format)
+        self.weights += made.rows * made.cols
         return made
 
     def raw(self, weight: Tensor, scale: Tensor | None) -> native.Matrix:
@@ -255,8 +267,8 @@ def plan(model: Transformer, step: Step | None = None, heads: bool = False) -> P
 
 
 def _dense_bytes(block: Any) -> int:
-    """Of one layer's weights that every token goes through."""
-    return sum(p.nbytes for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
+    """Of one layer's weights that every token goes through, in FP32."""
+    return sum(4 * p.numel() for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
 
 
 def _make(model: Transformer) -> Plan | None:
@@ -264,7 +276,8 @@ def _make(model: Transformer) -> Plan | None:
     is_part = c is not model.config
     weight = model.embed.weight
     if (
-        weight.dtype != torch.float32 or not weight.is_contiguous() or weight.device.type != "cpu" or model.numerics != "exact"
+        weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.is_contiguous()
+        or model.numerics != "exact"
         or c.hc_mult > 8 or c.o_groups > 64 or c.qk_rope_head_dim > 512
     ):  # fmt: skip
         return None
@@ -294,7 +307,13 @@ def _make(model: Transformer) -> Plan | None:
         tables, n = build.paged, len(blocks)
         callbacks = [Callbacks(model.pages, tables[:n], 0)]
         callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
-    return Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches, callbacks)
+    made = Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches, callbacks)
+    if not (is_part or callbacks or build.formats == {_PANELS}) and 4 * build.weights <= _DECODED_BYTES:
+        wide, of_many = _Builder(True, decode=True), native.Model.from_buffer_copy(shape)
+        made.decoded = of_many, (native.Layer * len(blocks))(*(wide.layer(block) for block in blocks))
+        of_many.by_tokens = int(dense <= _CACHED_BYTES)
+        made.kept += wide.kept
+    return made
 
 
 def _cache_layers(layers: list[LayerCache]) -> Any:
@@ -393,8 +412,11 @@ def run_layers(
         counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
         for piece in pieces(input_ids, step):
             part, part_ids = streams[piece.rows], ids[piece.rows]
+            model = plan.model
+            if mtp is None:
+                model, layers = plan.of(piece.tokens, torch.get_num_threads())
             call = native.Call(
-                pointer(plan.model), layers, caches, len(layers), piece.address, piece.count, piece.tokens,
+                pointer(model), layers, caches, len(layers), piece.address, piece.count, piece.tokens,
                 BLOCK_TOKENS, part_ids.data_ptr(), table, part.data_ptr(), load=counts,
             )  # fmt: skip
             run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
