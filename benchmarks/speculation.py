@@ -10,6 +10,7 @@ first token of a plan to its last; plans with and without drafts must be the sam
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -72,6 +73,7 @@ def main() -> None:
     }
     work = cases(plain, args.questions)
     end = work[0][1].end
+    gc.freeze()  # as `upwell serve` does
     speeds: dict[tuple[str, bool], list[float]] = {key: [] for key in engines}
     different = 0
     for turn in range(args.rounds + 1):

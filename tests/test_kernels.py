@@ -109,8 +109,11 @@ def test_random_geometries_equal_plain(isa: str, monkeypatch: pytest.MonkeyPatch
     assert_same(wide, ids, cut(ids.shape[1], [draw(st.integers(1, 70)), 1]), monkeypatch)
 
 
+@pytest.mark.parametrize("decoded", [True, False])
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "fp4"])
-def test_packed_weights_equal_plain(isa: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_equal_plain(isa: str, kind: str, decoded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not decoded:  # what larger models do in calls of many tokens too
+        monkeypatch.setattr(compiled, "_DECODED_BYTES", 0)
     config = dataclasses.replace(
         BASE, hidden_size=160, moe_intermediate_size=96, q_lora_rank=64, o_lora_rank=128, head_dim=32,
         num_attention_heads=6, o_groups=3,
@@ -135,6 +138,8 @@ def test_packed_weights_equal_plain(isa: str, kind: str, monkeypatch: pytest.Mon
             experts.pack(packed)
     ids = torch.randint(0, 64, (2, 60), generator=torch.Generator().manual_seed(4))
     assert_same(model, ids, [50, 1, 1, 8], monkeypatch)
+    held = model.__dict__.get("_plan")
+    assert native.library() is None or (held.decoded is not None) == decoded
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30, 1e-40, 0.0])
@@ -164,6 +169,33 @@ def test_a_changed_weight_is_seen() -> None:
     assert torch.allclose(outputs(model, ids, [9])[0], 2 * first, rtol=1e-5)
     model.norm.weight.mul_(3)
     assert (outputs(model, ids, [9])[0] - 6 * first).abs().max() <= 1e-5 * (6 * first).abs().max()
+
+
+@torch.no_grad()
+def test_a_sequence_goes_on_with_the_weights_it_began_with() -> None:
+    """What the cache holds was made with them; the next sequence takes the new ones."""
+    model = random_model(BASE, 6)
+    ids = torch.randint(0, 64, (1, 9))
+    cache = KVCache(BASE, 1, 1, torch.float32)
+
+    def layers(begin: int, end: int) -> Tensor:
+        return model.streams(ids[:, begin:end], cache, Step([0], [begin], [end - begin], [[0]])).clone()
+
+    layers(0, 8)
+    before = layers(8, 9)
+    model.layers[0].attn.wq_a.weight = torch.nn.Parameter(-model.layers[0].attn.wq_a.weight)
+    if native.library() is not None:
+        assert torch.equal(layers(8, 9), before)
+    layers(0, 8)
+    assert not torch.allclose(layers(8, 9), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [-1, 64, 2**40])
+def test_an_id_outside_the_vocabulary_is_refused(wrong: int) -> None:
+    model = random_model(BASE, 6)
+    with pytest.raises(IndexError):
+        outputs(model, torch.tensor([[1, wrong, 3]]), [3])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +86,13 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
     dtype = resolve_dtype(arguments.dtype)
     names = ("tp", "ep", "expert_load", "redundant_experts")
     shared = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    return LLM(
+    llm = LLM(
         arguments.model, device=arguments.device, dtype=dtype, offload=arguments.offload,
         expert_memory=arguments.expert_memory, expert_usage=arguments.expert_usage, **shared,
         **engine_options(arguments),
     )  # fmt: skip
+    gc.freeze()  # what is there now stays: a full collection would stop every stream for a tenth of a second to look
+    return llm
 
 
 def sampling_params(arguments: argparse.Namespace, skip_special_tokens: bool = True) -> SamplingParams:

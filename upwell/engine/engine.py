@@ -241,8 +241,10 @@ class Engine:
         suspects = [(s, 1) for s in batch.decode if s.alone] + [(s, n) for s, n in batch.prefill if s.alone]
         began = self.clock()
         shares = self.runner.computes_ragged and bool(prefill)
-        if self.speculator is not None and not (shares and self.speculator.rests):
-            self._speculate(self.speculator, [sequence for sequence, _ in decode])
+        decoding = [sequence for sequence, _ in decode]
+        speculator = self.speculator
+        if speculator is not None and not (shares and speculator.rests) and speculator.looks(decoding):
+            self._speculate(speculator, decoding)
             self._run(prefill)
         elif self.runner.computes_ragged:
             self._run(decode + prefill)

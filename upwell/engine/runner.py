@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS
 from upwell.engine.graphs import DecodeGraphs
-from upwell.engine.sequence import Sequence
+from upwell.engine.sequence import Sequence, Status
 from upwell.model import Step, Transformer
 from upwell.model.snapshot import copy_block, copy_slot
 
@@ -30,7 +30,8 @@ class Runner:
         """The next n tokens of each (sequence, n) -> streams [B, h, D] after the last of them."""
         lengths = [n for _, n in batch]
         streams = self._extend([s for s, _ in batch], [s.tokens(s.computed, s.computed + n) for s, n in batch])
-        if self.reader is not None:
+        # Where MTP has fallen behind, what follows the prompt isn't for it.
+        if self.reader is not None and any(s.unread is not None or s.status is Status.PREFILL for s, _ in batch):
             for (sequence, _), rows in zip(batch, streams.split(lengths), strict=True):
                 self.reader(sequence, sequence.computed, rows)
         if len(streams) > len(batch):

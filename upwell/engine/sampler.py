@@ -65,10 +65,8 @@ def sample(
 
 def _takes_best(sequence: Sequence, allowed: Allowed, ahead: Items[int]) -> bool:
     """Nothing but the best of the allowed ids is asked for: what most greedy requests do, and nano's plans."""
-    params = sequence.params
-    return (
-        params.is_plain and not isinstance(allowed, Tensor) and len(sequence.output) + len(ahead) + 1 >= params.min_tokens
-    )
+    params, number = sequence.params, len(sequence.output) + len(ahead) + 1
+    return params.is_plain and not isinstance(allowed, Tensor) and number >= params.min_tokens
 
 
 def _best(row: NDArray[np.float32], allowed: Allowed) -> int:

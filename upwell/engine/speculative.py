@@ -33,6 +33,8 @@ from upwell.model.cache import SavedRings
 MOST_DRAFTS = 7  # what the compressor's shortest ring gives back; with the token before them, 8 rows a product
 _MTP_DEPTH = 3
 _LOOKUPS = (0, 1, 2, 4, MOST_DRAFTS)
+_BARREN = 16  # steps in a row without a draft, after which only each _SELDOM-th looks for one
+_SELDOM = 8
 _LAG = 8  # tokens that MTP may fall behind while drafting doesn't pay, before this sequence goes without it
 
 
@@ -100,12 +102,21 @@ class Speculator:
         self._mtp, self._lookup = Acceptance(_MTP_DEPTH), Acceptance(MOST_DRAFTS)
         self._paces: dict[int, tuple[Pace, Pace]] = {}  # by batch size: of MTP and of lookups
         self._idle = 0  # steps since MTP last drafted
+        self._barren = 0  # steps since anything was proposed
         self._began = 0.0
         self._saved: SavedRings | None = None
         self.proposed = self.accepted = 0
         for block in self._model.mtp[:1]:
             for name in ("e_proj", "h_proj"):
                 getattr(block, name).keep_decoded(self._model.dtype)
+
+    def looks(self, sequences: Items[Sequence]) -> bool:
+        """Whether this step is to look for drafts. Where none were worth it for a while, looking would only cost; what
+        a mask forces always is."""
+        if self._barren < _BARREN or any(s.mask is not None for s in sequences):
+            return True
+        self._barren += 1
+        return self._barren % _SELDOM == 0
 
     @property
     def rests(self) -> bool:
@@ -123,7 +134,9 @@ class Speculator:
             while len(draft.tokens) < draft.room and (token := draft.forced()) is not None:
                 draft.add(token)
             draft.look()
-        if self._saved is None and any(d.tokens for d in drafts):
+        proposed = any(d.tokens for d in drafts)
+        self._barren = 0 if proposed else self._barren + 1
+        if self._saved is None and proposed:
             self._save(drafts)
         return drafts
 
