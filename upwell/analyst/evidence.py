@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from upwell.analyst.associations import association, known_word as heard, sorts
+from upwell.analyst.associations import association, sorts
+from upwell.analyst.associations import known_word as heard
 from upwell.analyst.mentions import Token, tokenize
 from upwell.analyst.plan import Condition, Plan
 from upwell.analyst.rules import Draft
@@ -250,7 +251,7 @@ class Asked:
             return -_AGES[word] if timed else _AGES[word]
         if word in _MOST:
             return 1.0
-        return -1.0 if word in _LEAST or word == self.from_to and not word.endswith("est") else sorts(word)
+        return -1.0 if word in _LEAST or (word == self.from_to and not word.endswith("est")) else sorts(word)
 
     def usual(self, column: int | None) -> str:
         """The order of rows by this column: as the question says, else as people expect it."""

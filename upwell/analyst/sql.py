@@ -68,9 +68,17 @@ def number_for(slot: NumberSlot, column: ColumnProfile) -> int | float:
 
 def named(columns: tuple[int, ...], of: Sequence[ColumnProfile]) -> tuple[int, ...]:
     """Rows shown by one of their two names (a code, a title) are shown with the other as well."""
-    keys = [i for i, column in enumerate(of) if column.kind is ColumnKind.KEY][:2]
-    shown = [c for c in columns if c in keys]
-    return (*columns, *(k for k in keys if shown and k not in shown))
+    names = [i for i, column in enumerate(of) if column.kind is ColumnKind.KEY]
+    if names:  # a short description that tells all rows apart is a title
+        names[1:1] = [i for i, column in enumerate(of) if _is_title(column, of[names[0]])][:1]
+    shown = [c for c in columns if c in names[:2]]
+    return (*columns, *(name for name in names[:2] if shown and name not in shown))
+
+
+def _is_title(column: ColumnProfile, code: ColumnProfile) -> bool:
+    if column.kind is not ColumnKind.TEXT or column.n_distinct < code.n_distinct or not column.values:
+        return False
+    return sum(map(len, column.values)) <= 40 * len(column.values)
 
 
 class _Compiler:

@@ -82,7 +82,11 @@ def _listings(plan: Plan, asked: Asked) -> Iterator[Plan]:
         return
     unused = [f"N{k}" for k in range(len(asked.linked.slots.numbers))
               if all(f"N{k}" not in test.slots for test in plan.where)]  # fmt: skip
-    tops: list[str | None] = [*unused, *([None] if sorting or asked.by else []), *(["one"] if asked.superlatives else [])]
+    tops: list[str | None] = list(unused)
+    if sorting or asked.by:
+        tops.append(None)
+    if asked.superlatives:
+        tops.append("one")
     if plan.kind == "aggregate" and plan.by:
         if plan.sort is None:
             for top in tops:
