@@ -124,12 +124,13 @@ class Asked:
 
     @cached_property
     def by(self) -> frozenset[int]:
-        """Quantities and times that a "by" names: "list the rivers by length"."""
-        question = self.linked.question
-        return frozenset(
-            c for m in self.linked.marks if m.kind == "C" and _BY.search(question[: m.start]) for c in m.columns
-            if self.profile.columns[c].kind in RANGED
-        )  # fmt: skip
+        """Quantities and times that a "by" names or speaks for: "list the rivers by length"."""
+        question, columns = self.linked.question, self.profile.columns
+        named = {c for m in self.linked.marks if m.kind == "C" and _BY.search(question[: m.start]) for c in m.columns}
+        behind = {m[1].lower() for m in _BEHIND_BY.finditer(question)}
+        for word in behind.intersection(self.loose_words):
+            named |= {c for c, column in enumerate(columns) if association(word, column) >= _WEAK}
+        return frozenset(c for c in named if columns[c].kind in RANGED)
 
     @cached_property
     def alphabet(self) -> bool:
