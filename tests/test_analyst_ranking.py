@@ -9,8 +9,8 @@ import pytest
 from upwell.analyst.associations import association
 from upwell.analyst.evidence import Asked, evidence
 from upwell.analyst.linking import link
-from upwell.analyst.plan import Condition, Measure, Plan
-from upwell.analyst.ranking import NONE, collect, rank, weights
+from upwell.analyst.plan import Condition, Dim, Measure, Plan
+from upwell.analyst.ranking import NONE, collect, rank, same_rows, weights
 from upwell.analyst.rules import draft_plan
 from upwell.analyst.schema import TableProfile
 from upwell.analyst.variants import variants
@@ -129,3 +129,113 @@ def test_every_kind_of_evidence_has_a_weight() -> None:
     for text in ("tallest breed", "how many breeds don't shed", "breeds sorted by weight", "average height by sheds"):
         for found in collect({Plan("noans", reason="missing"): 0.2}, asked(text, DOGS)).values():
             assert set(found) <= set(weights())
+
+
+BILLS = TableProfile.from_rows(
+    "bills",
+    {
+        "bill_no": [f"B-{k:02}" for k in range(12)],
+        "client": ["Quill", "Tessel", "Orchard", "Quill"] * 3,
+        "amt_eur": [120.5, 88.0, 430.0, 15.25, 99.9, 1020.0, 310.0, 77.0, 64.5, 205.0, 18.0, 540.0],
+        "paid": [True, False, True] * 4,
+        "issued": [f"2024-{k + 1:02}-05" for k in range(12)],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "sorts"),
+    [
+        ("list the bills by amount", False),  # no word but "by": candidates have the order all the same
+        ("bills from largest to smallest", True),
+        ("bills from high to low amounts", True),
+        ("bills sorted by client", True),
+        ("bills in descending order of amount", True),
+        ("biggest bills first", True),
+        ("bills in alphabetical order", True),
+        ("which client was billed first", False),
+        ("biggest bill", False),
+    ],
+)
+def test_what_asks_for_an_order(question: str, sorts: bool) -> None:
+    assert ("sort" in asked(question, BILLS).says) is sorts
+
+
+def test_an_order_of_orders_is_no_sorting() -> None:
+    table = TableProfile.from_rows("orders", {"order_id": ["a1", "b2", "c3"], "total": [3, 1, 2]})
+    assert "sort" not in asked("biggest order by total", table).says
+
+
+@pytest.mark.parametrize(
+    ("question", "column", "order"),
+    [
+        ("bills by amount from largest to smallest", 2, "desc"),
+        ("bills by amount from low to high", 2, "asc"),
+        ("bills by amount descending", 2, "desc"),
+        ("bills by amount", 2, "asc"),
+        ("rank the bills by amount", 2, "desc"),
+        ("oldest bills first", 4, "asc"),
+        ("bills from new to old", 4, "desc"),
+        ("bills alphabetically", 0, "asc"),
+    ],
+)
+def test_the_order_of_a_list(question: str, column: int, order: str) -> None:
+    assert asked(question, BILLS).usual(column) == order
+
+
+def test_a_list_by_a_quantity_is_an_order_not_groups() -> None:
+    question = asked("list the bills by amount", BILLS)
+    grouped = Plan("aggregate", by=(Dim(2),), measures=(Measure("count"),))
+    wanted = Plan("show", columns=(0,), sort="asc", sort_column=2)
+    assert rank({grouped: 0.8}, question)[0] == wanted
+
+
+def test_a_superlative_keeps_the_conditions_that_another_candidate_has() -> None:
+    question = asked("biggest bill of Quill", BILLS)
+    drawn = {Plan("show", columns=(0,), sort="desc", sort_column=2, top="one"): 0.6}
+    wanted = Plan("show", (Condition(1, "eq", ("V0",)),), columns=(0,), sort="desc", sort_column=2, top="one")
+    assert wanted in variants(drawn, question)
+    assert rank(drawn, question)[0] == wanted
+
+
+def test_groups_are_sorted_where_the_question_asks_for_it() -> None:
+    question = asked("total amount by client, highest first", BILLS)
+    drawn = {Plan("aggregate", by=(Dim(1),), measures=(Measure("sum", 2),)): 0.9}
+    assert rank(drawn, question)[0] == Plan("aggregate", by=(Dim(1),), measures=(Measure("sum", 2),), sort="desc")
+
+
+def test_rows_are_listed_by_their_names() -> None:
+    drawn = {Plan("noans", reason="missing"): 0.5, Plan("show", columns=(0,)): 0.2}
+    plan, _ = rank(drawn, asked("list the bills in alphabetical order", BILLS))
+    assert (plan.kind, plan.sort, plan.sort_column) == ("show", "asc", 0)
+
+
+def test_a_negated_flag_is_marked_and_read() -> None:
+    question = asked("how many bills are unpaid", BILLS)
+    assert ("C", "unpaid", (3,)) in marks("how many bills are unpaid", BILLS)
+    assert "not" in question.says
+    assert question.draft.plan.where == (Condition(3, "no"),)
+
+
+def test_the_most_rows_are_counted() -> None:
+    assert asked("which client has the most bills", BILLS).counts_rows
+    assert asked("who is billed most often", BILLS).counts_rows
+    assert not asked("which bill has the highest amount", BILLS).counts_rows
+
+
+def test_a_superlative_of_no_column_is_unheard() -> None:
+    assert asked("fastest breed", DOGS).unheard
+    assert not asked("tallest breed", DOGS).unheard
+    assert not asked("newest bill", BILLS).unheard
+
+
+def test_plans_for_the_same_table_share_their_probability() -> None:
+    stops = TableProfile.from_rows(
+        "stops", {"code": ["HAM", "BER", "ULM"], "stop": ["Hamburg", "Berlin", "Ulm"], "tracks": [14, 9, 12]}
+    )
+    one, other = (Plan("show", columns=(c,), sort="desc", sort_column=2, top="one") for c in (0, 1))
+    assert same_rows(one, stops) == same_rows(other, stops)
+    question = asked("stop with the most tracks", stops)
+    assert rank({one: 0.5, other: 0.5}, question)[1] > rank({one: 0.5}, question)[1] / 2
+    unlike = Plan("show", columns=(2,), sort="desc", sort_column=2, top="one")
+    assert same_rows(unlike, stops) != same_rows(one, stops)

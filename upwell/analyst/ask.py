@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Status = Literal["answer", "unsure", "refused"]
 
-SURE = 0.75  # confidence from which a reading counts as sure
+SURE = 0.8  # confidence from which a reading counts as sure
 ORDERS = 4  # column orders a question is asked under
 DRAWS = 3  # further plans drawn in each order, as candidates
 MAX_PLAN_TOKENS = 64

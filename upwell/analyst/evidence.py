@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from upwell.analyst.associations import association, sorts
-from upwell.analyst.mentions import tokenize
+from upwell.analyst.associations import known_word as heard
+from upwell.analyst.mentions import Token, tokenize
 from upwell.analyst.plan import Condition, Plan
 from upwell.analyst.rules import Draft
 from upwell.analyst.schema import ColumnKind, TableProfile
@@ -28,11 +29,27 @@ from upwell.analyst.words import COMMON, STOP, UNITS, split_name, stem
 DRAFT = {True: 0.8, False: 0.4}
 _FLOOR = 1e-3  # a plan that the model never drew
 _WEAK = 0.1  # an association below this is chance
+_TIMELY = 0.3  # of "newest" and any column of times
 RANGED = (ColumnKind.NUM, ColumnKind.YEAR, ColumnKind.DATE)
 _MOST = frozenset("most highest largest biggest greatest max maximum top best latest newest last peak record".split())
 _LEAST = frozenset("least lowest smallest fewest min minimum bottom worst earliest oldest first".split())
-_AGES = {"oldest": 1.0, "youngest": -1.0, "newest": -1.0, "latest": -1.0}
-_NO_RANK = re.compile(r"\b(at (least|most)|most (common|frequent) )", re.IGNORECASE)
+_AGES = {"oldest": 1.0, "old": 1.0, "youngest": -1.0, "newest": -1.0, "new": -1.0, "latest": -1.0}
+_AMOUNTS = frozenset("most least fewest highest lowest biggest largest smallest greatest".split())  # of no time
+_TIMES = frozenset("oldest youngest newest latest earliest first last recent recently".split())  # speak for any time
+# Both ends of an order, as in "from largest to smallest" and "high to low".
+_END = (r"(?:\w{2,}est|most|least|best|worst|fewest|high|low|large|small|big|long|short|tall|cheap|expensive|costly|pricey|"
+        r"heavy|light|old|new|early|late|good|bad|fast|slow|top|first|a)")
+_FROM_TO = re.compile(rf"\b({_END})(?: \w+)? (?:to|through|down to|up to) (?:the )?(?:{_END}|last|bottom|z)\b|\b(a)-z\b",
+                      re.IGNORECASE)
+_HIGH_END = frozenset("high large big long tall expensive costly pricey heavy late good fast".split())
+_DOWN_WORDS = re.compile(r"\b(desc(ending)?|decreasing|falling|declining|reversed?|z to a|z-a)\b", re.IGNORECASE)
+_UP_WORDS = re.compile(r"\b(asc(ending)?|increasing|rising|alphabetical(ly)?|chronological(ly)?)\b", re.IGNORECASE)
+_ALPHABET = re.compile(r"\b(alphabet\w*|a to z|a-z|z to a|z-a)\b", re.IGNORECASE)
+_BY = re.compile(r"\b(by|order of|sorted on|ranked on|according to)( (the|their|its|number|of|how (many|much|long)))*\W*$",
+                 re.IGNORECASE)
+_NO_RANK = re.compile(r"\bat (least|most)\b", re.IGNORECASE)
+_OFTEN = re.compile(r"\b(most|least) (\w+ )?(often|common(ly)?|frequent(ly)?|times|used)\b", re.IGNORECASE)
+_BEHIND_BY = re.compile(r"\b(?:by|order of) (?:the |their |its )?(\w+)", re.IGNORECASE)
 _WORDS = {
     "count": r"\b(how many|number of|how often|counts?|no\. of)\b|#",
     "avg": r"\b(average|avg|mean|typical(ly)?)\b",
@@ -40,7 +57,10 @@ _WORDS = {
     "median": r"\bmedian\b",
     "share": r"\b(percent(age)?|pct|share|proportion|fraction|part of|ratio|rate)\b|%",
     "distinct": r"\b(different|distinct|unique)\b",
-    "sort": r"\b(sort(ed)?|order(ed)? by|rank(ed|ing)?|ascending|descending|in order)\b|\bfirst\W*$|\bto (highest|lowest)",
+    "sort": r"\b(sort(ed|ing)?|rank(ed|ing|s)?|arranged?|ascending|descending|increasing|decreasing|alphabetical(ly)?|chronological(ly)?)\b"
+            r"|\b(on|at the) top\W*$|\b(\w{2,}est|most|least|best|worst)( \w+){0,2} first\b",
+    "order": r"\bordered\b|^order\b|\border(ing)? (\w+ ){0,4}by\b|\bin (\w+ ){0,2}order\b",
+    "rank": r"\brank(ed|ing|s)?\b",
     "group": r"\b(by|per|each|every|breakdown|across|vs|versus|compared?|comparison)\b",
     "which": r"\b(which|who|whose|what|where|when)\b",
     "not": r"\b(not|no|without|except|excluding|other than|non|never|lacks?|lacking|outside|but)\b|n['’]t\b|\b(do|does|is|are|was|were|did|has|have)nt\b",
@@ -68,7 +88,53 @@ class Asked:
         for mark in self.linked.marks:  # "rate" in the name of a column asks for no share
             if mark.kind in "CV":
                 text[mark.start : mark.end] = "_" * (mark.end - mark.start)
-        return frozenset(name for name, pattern in _PATTERNS.items() if pattern.search("".join(text)))
+        found = {name for name, pattern in _PATTERNS.items() if pattern.search("".join(text))}
+        if self.from_to or ("order" in found and "order" not in self.words_of_table):
+            found.add("sort")
+        if any(negates(mark, self.linked.question, self.profile) for mark in self.linked.marks):
+            found.add("not")
+        return frozenset(found)
+
+    @cached_property
+    def words_of_table(self) -> frozenset[str]:
+        """Stems of the words in the names of the table and its columns."""
+        names = [split_name(self.profile.name), *(column.words for column in self.profile.columns)]
+        return frozenset(stem(word) for words in names for word in words)
+
+    @cached_property
+    def counts_rows(self) -> bool:
+        """Whether the most or the least of the rows themselves is asked for: "which planet has the most moons"."""
+        if _OFTEN.search(self.linked.question):
+            return True
+        table = {stem(word) for word in split_name(self.profile.name)}
+        named = [m for m in self.linked.marks if m.kind == "C"
+                 and all(self.profile.columns[c].kind is ColumnKind.KEY for c in m.columns)]  # fmt: skip
+        tokens = tokenize(self.linked.question)
+        return any(
+            token.lower in ("most", "fewest", "least") and any(
+                t.stem in table or any(m.start <= t.start < m.end for m in named) for t in tokens[i + 1 : i + 3])
+            for i, token in enumerate(tokens)
+        )  # fmt: skip
+
+    @cached_property
+    def from_to(self) -> str:
+        """Where an order begins: "largest" in "from largest to smallest"; "" without one."""
+        found = _FROM_TO.search(self.linked.question)
+        return (found[1] or found[2]).lower() if found else ""
+
+    @cached_property
+    def by(self) -> frozenset[int]:
+        """Quantities and times that a "by" names or speaks for: "list the rivers by length"."""
+        question, columns = self.linked.question, self.profile.columns
+        named = {c for m in self.linked.marks if m.kind == "C" and _BY.search(question[: m.start]) for c in m.columns}
+        behind = {m[1].lower() for m in _BEHIND_BY.finditer(question)}
+        for word in behind.intersection(self.loose_words):
+            named |= {c for c, column in enumerate(columns) if association(word, column) >= _WEAK}
+        return frozenset(c for c in named if columns[c].kind in RANGED)
+
+    @cached_property
+    def alphabet(self) -> bool:
+        return _ALPHABET.search(self.linked.question) is not None
 
     @cached_property
     def spans(self) -> list[list[Mark]]:
@@ -102,10 +168,20 @@ class Asked:
         """For each loose word that speaks for some column: those columns, and how strongly."""
         found = []
         table = {stem(word) for word in split_name(self.profile.name)}
+        behind = {m[1].lower() for m in _BEHIND_BY.finditer(self.linked.question)}
         for word in self.loose_words:
+            own = {c: 1.0 for c, column in enumerate(self.profile.columns)
+                   if word in behind and stem(word) in map(stem, column.words)}  # fmt: skip
+            if own:  # "by rate", where "rate" alone would be no sign of a column
+                found.append(own)
+                continue
             if stem(word) in table or any(_PATTERNS[name].fullmatch(word) for name in _COMPUTED):
                 continue
             for_word = {c: association(word, column) for c, column in enumerate(self.profile.columns)}
+            if word in _TIMES:
+                for c, column in enumerate(self.profile.columns):
+                    if column.kind in RANGED[1:]:
+                        for_word[c] = max(for_word[c], _TIMELY)
             strong = {c: a for c, a in for_word.items() if a >= _WEAK}
             if strong:
                 found.append(strong)
@@ -135,21 +211,63 @@ class Asked:
     def superlatives(self) -> list[str]:
         """Words that ask for the most or the least of something."""
         return [
-            t.lower for t in tokenize(_NO_RANK.sub(" ", self.linked.question))
-            if t.lower in _MOST or t.lower in _LEAST or (
+            t.lower for t in tokenize(_NO_RANK.sub(lambda m: "_" * len(m[0]), self.linked.question))
+            if (t.lower in _MOST | _LEAST and not self._names_part(t)) or (
                 t.lower.endswith("est") and len(t.lower) > 5 and t.lower.isalpha()
                 and not any(m.kind != "N" and m.start <= t.start < m.end for m in self.linked.marks))
         ]  # fmt: skip
 
+    def _names_part(self, token: Token) -> bool:
+        """Whether a word is said as a part of a column's name: "first" in "first response"."""
+        return token.lower in ("first", "last", "peak", "record", "top") and any(
+            m.kind == "C" and m.start <= token.start < m.end and token.lower in self.profile.columns[c].words
+            for m in self.linked.marks for c in m.columns
+        )  # fmt: skip
+
+    @cached_property
+    def unheard(self) -> bool:
+        """Whether a superlative speaks for some kind of column that this table doesn't have: "cheapest" of moons."""
+        return any(
+            heard(word) and all(association(word, c) < _WEAK for c in self.profile.columns)
+            and not (word in _TIMES and any(c.kind in RANGED[1:] for c in self.profile.columns))
+            for word in self.superlatives if word not in _MOST | _LEAST
+        )  # fmt: skip
+
     def sign(self, column: int | None) -> float:
-        """1 when the first superlative asks for the most of this column, -1 for the least, 0 unknown."""
-        if not self.superlatives:
+        """1 when the question asks for the most of this column, or for it first, -1 for the least, 0 unknown."""
+        if _DOWN_WORDS.search(self.linked.question):
+            return 1.0
+        if _UP_WORDS.search(self.linked.question):
+            return -1.0
+        words = [self.from_to] if self.from_to else self.superlatives
+        if not words:
             return 0.0
-        word = self.superlatives[0]
+        word = words[0]
+        if word == "worst":  # of deaths the most, of marks the least
+            return -0.5
+        if word in _HIGH_END:
+            return 1.0
         if word in _AGES:  # the oldest has the most years, and the earliest date
             timed = column is not None and self.profile.columns[column].kind in RANGED[1:]
             return -_AGES[word] if timed else _AGES[word]
-        return 1.0 if word in _MOST else -1.0 if word in _LEAST else sorts(word)
+        if word in _MOST:
+            return 1.0
+        return -1.0 if word in _LEAST or (word == self.from_to and not word.endswith("est")) else sorts(word)
+
+    def usual(self, column: int | None) -> str:
+        """The order of rows by this column: as the question says, else as people expect it."""
+        sign = self.sign(column)
+        if sign:
+            return "desc" if sign > 0 else "asc"
+        return "desc" if "rank" in self.says or self.superlatives else "asc"
+
+
+def negates(mark: Mark, question: str, profile: TableProfile) -> bool:
+    """Whether a column's mark is its word with a negation before it: "unpaid" for paid."""
+    word = question[mark.start : mark.end].lower()
+    return mark.kind == "C" and word.startswith(("un", "non")) and all(
+        not part.startswith(("un", "non")) for c in mark.columns for part in profile.columns[c].words
+    )  # fmt: skip
 
 
 def skeleton(plan: Plan, marked: frozenset[int]) -> Plan:
@@ -187,8 +305,11 @@ def _no_answer(plan: Plan, asked: Asked) -> dict[str, float]:
         found["ambiguous without a loose mark"] = float(not loose)
         return found
     found[f"{reason}: marks"] = min(len(asked.spans), 3)
+    asks = bool({"count", "avg", "sum", "median", "share"} & asked.says or asked.superlatives or asked.spans)
+    found[f"{reason}: asks"] = float(asks or "sort" in asked.says)
     if reason == "missing":
-        asks = bool({"count", "avg", "sum", "median", "share"} & asked.says or asked.superlatives or asked.spans)
+        found["missing: superlative unheard"] = float(asked.unheard)
+        found["missing: superlative heard"] = max((association(w, c) for w in asked.superlatives for c in asked.profile.columns), default=0.0)
         found["missing: all read"] = float(asked.unread == 0 and asks)
         told = asked.unread or asked.spans or asked.spoken
         found["missing: counts rows"] = float("count" in asked.says and not told)
@@ -214,18 +335,35 @@ def _query(plan: Plan, asked: Asked) -> dict[str, float]:
             (mark.kind == "C" and bool(columns & set(mark.columns))) or f"{mark.kind}{mark.index}" in slots
             for mark in span
         )
-        if not used:
-            note(f"unused {_sort_of_mark(span)}", 1.0)
+        kind = _sort_of_mark(span, profile)
+        if not used and not (kind == "name" and "count" in fns):
+            note(f"unused {kind}", 1.0)
     # Order.
     ordered = plan.sort is not None or bool({"min", "max"} & fns)
     note("superlative without order", float(bool(asked.superlatives) and not ordered))
     note("order without superlative", float(ordered and not asked.superlatives and "sort" not in says))
     if plan.sort_column is not None:
-        note("order by a text", float(profile.columns[plan.sort_column].kind not in RANGED))
+        text = profile.columns[plan.sort_column].kind not in RANGED
+        note("order by a text", float(text and not asked.alphabet))
+        note("alphabet without a text", float(not text and asked.alphabet))
+    sorted_by = plan.sort_column if plan.kind == "show" else plan.measures[0].column if plan.measures else None
     if plan.sort:
-        sorted_by = plan.sort_column if plan.kind == "show" else plan.measures[0].column
-        note("order against the superlative", float(asked.sign(sorted_by) * (1 if plan.sort == "desc" else -1) < 0))
-    note("no sort where sorting is asked", float("sort" in says and plan.sort is None))
+        sign = asked.sign(sorted_by)
+        note("order against the superlative", max(-sign if plan.sort == "desc" else sign, 0.0))
+        note("order unlike the usual", float(not sign and plan.sort != asked.usual(sorted_by)))
+        note("superlative without a limit", float(bool(asked.superlatives) and "sort" not in says and plan.top is None))
+        if sorted_by is not None and profile.columns[sorted_by].kind in RANGED[1:]:
+            note("most of a time", float(bool(_AMOUNTS.intersection(asked.superlatives[:1]))))
+    if asked.by:
+        note("order by what no by names", float(plan.sort is not None and sorted_by not in asked.by))
+        note("by without order or group", float(plan.sort is None and not plan.by))
+    for dim in plan.by:  # "by length" asks for an order; groups of nearly every row are none
+        column = profile.columns[dim.column]
+        if column.kind is ColumnKind.NUM:
+            note("groups of a number", min(2 * column.n_distinct / max(profile.n_rows, 1), 1.0))
+    repeats = [c for c in plan.columns if profile.columns[c].kind is ColumnKind.CAT]
+    note("one row for a category", float(plan.kind == "show" and plan.top is not None and plan.columns == tuple(repeats)))
+    note("no sort where sorting is asked", float("sort" in says and plan.sort is None and plan.kind != "list"))
     note("one row where sorting is asked", float("sort" in says and plan.top == "one"))
     # What is asked for.
     shown = {*plan.columns, *(d.column for d in plan.by), *(m.column for m in plan.measures if m.column is not None)}
@@ -239,6 +377,9 @@ def _query(plan: Plan, asked: Asked) -> dict[str, float]:
     for fn in ("avg", "sum", "median", "share", "distinct"):
         note(f"{fn} missing", float(fn in says and fn not in fns and plan.kind != "list"))
         note(f"{fn} unasked", float(fn in fns and fn not in says))
+    if asked.counts_rows:
+        note("rows not counted", float("count" not in fns))
+        note("rows counted", float("count" in fns))
     note("count missing", float("count" in says and not {"count", "distinct", "sum"} & fns))
     note("count missing (lookup)", float("count" in says and plan.kind == "show"))
     note("count unasked", float("count" in fns and "count" not in says))
@@ -286,8 +427,10 @@ def _query(plan: Plan, asked: Asked) -> dict[str, float]:
     return found
 
 
-def _sort_of_mark(span: list[Mark]) -> str:
+def _sort_of_mark(span: list[Mark], profile: TableProfile) -> str:
     kinds = {m.kind for m in span}
+    if kinds == {"C"} and all(profile.columns[c].kind is ColumnKind.KEY for m in span for c in m.columns):
+        return "name"  # of the rows, which most plans show without being asked
     if "V" in kinds:
         return "value"
     if kinds & {"N", "D"}:

@@ -26,7 +26,7 @@ from upwell.analyst.slots import (
     TextSlot,
     ValueSlot,
 )
-from upwell.analyst.words import ASK, COMMON, TOKEN, UNIT_OF, TypoIndex, stem
+from upwell.analyst.words import ASK, COMMON, DEMONYMS, TOKEN, UNIT_OF, TypoIndex, stem
 
 MAX_MARKED = 3  # columns marked behind one span
 _KIND_RANK = {ColumnKind.CAT: 0, ColumnKind.KEY: 1, ColumnKind.TEXT: 2}
@@ -162,8 +162,10 @@ class Linker:
         return self._corrected(token.lower) or token.stem
 
     def _corrected(self, word: str) -> str | None:
-        # Demonyms and the like: Japanese -> Japan, Italian -> Italy, Canadian -> Canada.
-        for ending, tails in (("ese", ("", "a")), ("ian", ("", "y", "ia", "a")), ("an", ("", "a")),
+        # Demonyms and the like: Japanese -> Japan, Italian -> Italy, Canadian -> Canada, northern -> north.
+        if (place := stem(DEMONYMS.get(word, word))) in self.value_words:
+            return place
+        for ending, tails in (("ern", ("",)), ("ese", ("", "a")), ("ian", ("", "y", "ia", "a")), ("an", ("", "a")),
                               ("n", ("",)), ("ish", ("", "land")), ("i", ("",))):  # fmt: skip
             base = word[: -len(ending)] if word.endswith(ending) else ""
             if len(base) >= 4:

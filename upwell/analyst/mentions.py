@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upwell.analyst.schema import TableProfile
+from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.words import ASK, COMMON, STOP, TOKEN, UNIT_OF, UNITS, TypoIndex, stem
 
 # Two letters fit too many words to be guessed; these are what headers commonly shorten so.
@@ -70,6 +70,7 @@ class ColumnIndex:
         self.names = [column.words for column in profile.columns]
         self.telling = [telling_words(words) for words in self.names]
         # "cars" in a question about the table of cars is no sign of the column "car name".
+        self.flags = {c for c, column in enumerate(profile.columns) if column.kind is ColumnKind.FLAG}
         self.table = {stem(word) for word in TOKEN.findall(profile.name.lower())}
         self.by_stem: dict[str, list[int]] = {}
         self.joined: dict[str, list[int]] = {}
@@ -100,6 +101,14 @@ class ColumnIndex:
     def knows(self, token: Token) -> bool:
         return token.stem in self.by_stem or bool(self.loose(token.lower))
 
+    def without_negation(self, word: str) -> str | None:
+        """The stem of a flag's word that this one negates: "unpaid" of paid."""
+        for prefix in ("un", "non"):
+            part = stem(word.removeprefix(prefix))
+            if word.startswith(prefix) and any(c in self.flags for c in self.by_stem.get(part, ())):
+                return part
+        return None
+
     def loose(self, word: str) -> tuple[str, ...]:
         """Stems of column words that this word abbreviates, spells out or misspells (at most 2)."""
         found = self._loose.get(word)
@@ -124,9 +133,13 @@ class ColumnIndex:
         for i, token in enumerate(tokens):
             if token.lower in STOP:
                 continue
+            bare = self.without_negation(token.lower)
             if token.stem in self.by_stem:
                 for c in self.by_stem[token.stem]:
                     hits.setdefault(c, []).append((i, token.stem, False))
+            elif bare:
+                for c in self.by_stem[bare]:
+                    hits.setdefault(c, []).append((i, bare, False))
             else:
                 for part in self.loose(token.lower):
                     for c in self.by_stem[part]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from upwell.analyst.evidence import Asked, evidence
 from upwell.analyst.plan import Plan
+from upwell.analyst.schema import TableProfile
+from upwell.analyst.sql import named
 from upwell.analyst.variants import variants
 
 WEIGHTS = Path(__file__).with_name("ranking.json")
@@ -38,14 +42,26 @@ def collect(drawn: Mapping[Plan, float], asked: Asked) -> dict[Plan, dict[str, f
     }
 
 
+def same_rows(plan: Plan, profile: TableProfile) -> Plan:
+    """The one plan for all that give the same table: rows are shown with their names and what sorts them anyway."""
+    if plan.kind != "show":
+        return plan
+    order = () if plan.sort_column is None else (plan.sort_column,)
+    shown = named(plan.columns, profile.columns) + order
+    return replace(plan, where=tuple(sorted(plan.where, key=repr)), columns=tuple(sorted(set(shown))))
+
+
 def rank(drawn: Mapping[Plan, float], asked: Asked) -> tuple[Plan, float]:
-    """The likeliest plan and the probability in 0..1 that it is right."""
+    """The likeliest plan and the probability in 0..1 that it is right, which plans for the same table share."""
     weight = weights()
     scores = {
         plan: sum(weight.get(name, 0.0) * value for name, value in found.items())
         for plan, found in collect(drawn, asked).items()
     }
-    best = max(scores, key=lambda plan: scores[plan])
-    top = max(scores[best], weight[NONE])
-    total = sum(math.exp(score - top) for score in (*scores.values(), weight[NONE]))
-    return best, math.exp(scores[best] - top) / total
+    top = max(*scores.values(), weight[NONE])
+    shares = {plan: math.exp(score - top) for plan, score in scores.items()}
+    tables: dict[Plan, float] = defaultdict(float)
+    for plan, share in shares.items():
+        tables[same_rows(plan, asked.profile)] += share
+    best = max(shares, key=lambda plan: (tables[same_rows(plan, asked.profile)], shares[plan]))
+    return best, tables[same_rows(best, asked.profile)] / (sum(shares.values()) + math.exp(weight[NONE] - top))

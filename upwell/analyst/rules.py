@@ -258,7 +258,8 @@ class _Reader:
                 kind = self.columns[column].kind
                 found.append(Condition(column, "no" if kind is ColumnKind.FLAG else "null"))
             elif self.columns[column].kind is ColumnKind.FLAG:
-                found.append(Condition(column, "no" if re.search(_NOT, before) else "yes"))
+                negated = re.search(_NOT, before) or self.text[mention.start : mention.end].startswith(("un", "non"))
+                found.append(Condition(column, "no" if negated else "yes"))
         return found
 
     # What is asked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date, timedelta
 from functools import lru_cache
 
@@ -65,6 +66,21 @@ def number_for(slot: NumberSlot, column: ColumnProfile) -> int | float:
     return slot.value
 
 
+def named(columns: tuple[int, ...], of: Sequence[ColumnProfile]) -> tuple[int, ...]:
+    """Rows shown by one of their two names (a code, a title) are shown with the other as well."""
+    names = [i for i, column in enumerate(of) if column.kind is ColumnKind.KEY]
+    if names:  # a short description that tells all rows apart is a title
+        names[1:1] = [i for i, column in enumerate(of) if _is_title(column, of[names[0]])][:1]
+    shown = [c for c in columns if c in names[:2]]
+    return (*columns, *(name for name in names[:2] if shown and name not in shown))
+
+
+def _is_title(column: ColumnProfile, code: ColumnProfile) -> bool:
+    if column.kind is not ColumnKind.TEXT or column.n_distinct < code.n_distinct or not column.values:
+        return False
+    return sum(map(len, column.values)) <= 40 * len(column.values)
+
+
 class _Compiler:
     def __init__(self, profile: TableProfile, slots: Slots) -> None:
         self.columns = profile.columns
@@ -79,7 +95,7 @@ class _Compiler:
             names = [self.name(c) for c in plan.columns]
             where += [f"{name} IS NOT NULL" for name in names]
             return _clauses(f"SELECT DISTINCT {', '.join(names)}", where, order=names)
-        columns = self.named(plan.columns)
+        columns = list(named(plan.columns, self.columns))
         order = []
         if plan.sort_column is not None:
             if plan.sort_column not in columns:
@@ -124,12 +140,6 @@ class _Compiler:
             order=order + dim_order,
             limit=self.limit(plan),
         )
-
-    def named(self, columns: tuple[int, ...]) -> list[int]:
-        """Rows shown by one of their two names (a code, a title) are shown with the other as well."""
-        keys = [i for i, column in enumerate(self.columns) if column.kind is ColumnKind.KEY][:2]
-        shown = [c for c in columns if c in keys]
-        return [*columns, *(k for k in keys if shown and k not in shown)]
 
     def limit(self, plan: Plan) -> int | None:
         if plan.top is None:

@@ -163,9 +163,19 @@ ASK = frozenset(
     again still even well back down here there where their about would could should these those
     which while until every other after below under above between across through during before
     since against among beyond except than then them they what when with were from have that this
-    give main popular common frequent often times""".split()
+    give main popular common frequent often times ascending descending asc desc increasing
+    decreasing alphabetical alphabetically chronological chronologically arrange arranged ranks
+    sorting ordering""".split()
 )
 COMMON = STOP | ASK
+# Peoples whose word no ending turns into the place's.
+DEMONYMS = {
+    "french": "france", "dutch": "netherlands", "spanish": "spain", "greek": "greece", "swiss": "switzerland",
+    "danish": "denmark", "swedish": "sweden", "turkish": "turkey", "british": "britain", "welsh": "wales",
+    "irish": "ireland", "norwegian": "norway", "belgian": "belgium", "czech": "czechia", "thai": "thailand",
+    "peruvian": "peru", "brazilian": "brazil", "chinese": "china", "lebanese": "lebanon", "german": "germany",
+    "scottish": "scotland", "filipino": "philippines", "ukrainian": "ukraine", "argentine": "argentina",
+}  # fmt: skip
 UNITS = frozenset(
     """cm mm km m ft in inch inches mi mile kg g mg lb lbs oz t ton tons usd eur gbp dollar dollars
     euro euros pct percent ms sec secs second seconds mins minute minutes hr hrs hour hours day

@@ -58,7 +58,7 @@ def faults(item: dict[str, Any], connection: duckdb.DuckDBPyConnection) -> list[
 
 
 def main() -> int:
-    files = [HERE / f"{name}.jsonl" for name in ("questions", "hard")]
+    files = [HERE / f"{name}.jsonl" for name in ("questions", "hard", "sorting")]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     items = [json.loads(line) for line in lines]
     connection = duckdb.connect()
