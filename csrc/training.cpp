@@ -1,5 +1,6 @@
-// The C entry points of training's kernels, each run by a team. Linear maps and experts are whole calls; the others cut
-// `rows` into `parts`, and of a sum over rows each part has its own, one after another, to be added up by the caller.
+// The C entry points of training's kernels, each run by a team. Attention, linear maps and experts are whole calls; the
+// others cut `rows` into `parts`, and of a sum over rows each part has its own, one after another, to be added up by the
+// caller.
 #include "training.h"
 
 #include <cstring>
@@ -34,10 +35,6 @@ void in_parts(int64_t rows, int64_t parts, F f) {
       &cut);
 }
 
-float* workspace(const AttentionTraining& call) {
-  return training_workspace(AttentionTiling(call).workspace_floats(call));
-}
-
 }  // namespace
 
 // Kept from call to call: on some machines the first touch of a page costs more than all the work on it.
@@ -68,22 +65,11 @@ void upwell_train_experts_backward(upwell::ExpertsTraining* call) {
 
 void upwell_train_loss(upwell::LossTraining* call) { upwell::run_team(upwell::kernels().loss, call); }
 
-void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t rows, int64_t parts) {
-  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
-    upwell::kernels().attention_forward(*call, from, to, upwell::workspace(*call));
-  });
+void upwell_train_attention_forward(upwell::AttentionTraining* call) {
+  upwell::run_team(upwell::kernels().attention_forward, call);
 }
-
-void upwell_train_attention_backward(const upwell::AttentionTraining* call, float* grad_kv, float* grad_entries,
-                                     float* grad_sink, int64_t rows, int64_t parts) {
-  // Sums over a sequence's tokens need no copy a part where a part is a sequence.
-  const bool copies = parts != rows / call->steps;
-  const int64_t kv = copies ? rows * call->dim : 0;
-  const int64_t entries = copies ? rows / call->steps * call->entry_count * call->dim : 0;
-  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().attention_backward(*call, grad_kv + part * kv, grad_entries + part * entries,
-                                         grad_sink + part * call->heads, from, to, upwell::workspace(*call));
-  });
+void upwell_train_attention_backward(upwell::AttentionTraining* call) {
+  upwell::run_team(upwell::kernels().attention_backward, call);
 }
 
 void upwell_train_pool_forward(const upwell::PoolTraining* call, int64_t rows, int64_t parts) {

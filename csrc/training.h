@@ -8,10 +8,11 @@ namespace upwell {
 
 float* training_workspace(int64_t floats);  // this thread's, aligned to cache lines
 
-// All tensors contiguous; B sequences of S tokens, H heads of d dims, of which the last r are rotary. The layout is
-// mirrored by ops/attention_native.py.
+// All tensors contiguous; B sequences of S tokens, H heads of d dims, of which the last r are rotary. A unit of work is
+// `span` tokens of one sequence, at least a window and a chunk (AttentionTiling). The layout is mirrored by
+// ops/attention_native.py.
 struct AttentionTraining {
-  int64_t steps, heads, dim, rope, window, ratio, entry_count;
+  int64_t batch, steps, heads, dim, rope, window, ratio, entry_count, span;
   double eps;
   const float *q;        // [B, S, H, d], before the heads' norm and the rotation
   const float *kv;       // [B, S, d]
@@ -22,7 +23,12 @@ struct AttentionTraining {
   float *log_sum;          // [B, S, H]: log of the softmax's sum, the sink's share included
   // Backward only.
   const float *grad;  // of out
-  float *grad_q;      // [B, S, H, d]
+  float *grad_q, *grad_kv, *grad_entries, *grad_sink;  // of q, kv, entries and sink
+  float *shared;  // scratch, what each span adds to others' gradients: see shared_floats
+
+  int64_t spans() const { return (steps + span - 1) / span; }  // of a sequence
+  // A span's gradients of the keys before it [window - 1, d], of the entries [N, d] and of the sink [H].
+  int64_t shared_floats() const { return (window - 1 + entry_count) * dim + heads; }
 };
 
 constexpr int64_t kTrainingLine = 16;  // floats of a cache line, a multiple of every instruction set's lanes
@@ -158,9 +164,6 @@ inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {
 
 // Every function but the whole calls takes a range of rows, so that the caller can cut the work in parts.
 struct TrainingKernels {
-  void (*attention_forward)(const AttentionTraining&, int64_t from, int64_t to, float* workspace);
-  void (*attention_backward)(const AttentionTraining&, float* grad_kv, float* grad_entries, float* grad_sink,
-                             int64_t from, int64_t to, float* workspace);
   void (*norm_forward)(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
                        const Turn& turn, int64_t from, int64_t to);
   void (*norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, float* grad_x,
@@ -174,7 +177,8 @@ struct TrainingKernels {
   void (*swiglu_backward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                           const float* grad, float* grad_gate, float* grad_up, int64_t grad_row, float* hidden,
                           float* grad_weights, int64_t dim, int64_t from, int64_t to);
-  Body linear_forward, linear_backward, experts_forward, experts_backward, loss;  // whole calls
+  // Whole calls.
+  Body attention_forward, attention_backward, linear_forward, linear_backward, experts_forward, experts_backward, loss;
   StreamKernels streams[kMaxStreams];  // for 1 .. kMaxStreams streams
 };
 

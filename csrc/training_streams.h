@@ -300,8 +300,8 @@ template <int H>
 constexpr StreamKernels stream_kernels = {enter_forward<H>, enter_backward<H>, leave_forward<H>, leave_backward<H>};
 
 const TrainingKernels training = {
-    train_attention_forward, train_attention_backward, train_norm_forward, train_norm_backward, train_pool_forward,
-    train_pool_backward, train_routing_forward, train_routing_backward, train_swiglu_forward,
-    train_swiglu_backward, train_linear_forward, train_linear_backward, train_experts_forward, train_experts_backward,
-    train_loss,
+    train_norm_forward, train_norm_backward, train_pool_forward, train_pool_backward, train_routing_forward,
+    train_routing_backward, train_swiglu_forward, train_swiglu_backward, train_attention_forward,
+    train_attention_backward, train_linear_forward, train_linear_backward, train_experts_forward,
+    train_experts_backward, train_loss,
     {stream_kernels<1>, stream_kernels<2>, stream_kernels<3>, stream_kernels<4>}};
