@@ -135,31 +135,42 @@ struct RoutingTraining {
   float* grad_logits;  // [T, E]
 };
 
-// mHC around a sublayer, for one number of streams h. n = (2 + h) h.
+// mHC between sublayers: T tokens' h streams of D dims leave one sublayer and enter the next, whose input is normed.
+// n = (2 + h) h. Mirrored by ops/hc_autograd.py.
+struct StreamsTraining {
+  int64_t streams, dim, iterations;
+  float eps, rms_eps, norm_eps;
+  const float *x, *y, *post, *comb;  // what leaves: [T, h, D], [T, D], [T, h], [T, h, h]; null at the first sublayer
+  float* out;                        // [T, h, D], what enters: made, or given where nothing leaves
+  const float *fn, *turned, *base, *scale;  // [n, hD], its transpose [hD, n up to whole lines], [n], [3]
+  float *dots, *u, *next_post, *next_comb, *inverse_rms;  // [T, n], [T, D], [T, h], [T, h, h], [T]
+  const float* norm;          // [D], or null: no norm
+  float *normed, *norm_scale;  // [T, D], [T]
+  // Backward only. `grad` is of `normed`, or of u where there is no norm; grad_past is what comes to `out` by other ways.
+  const float *grad, *grad_next_post, *grad_next_comb, *grad_past;
+  float *grad_x, *grad_y, *grad_post, *grad_comb;  // where nothing leaves, grad_x is of `out`, and the rest null
+};
+struct StreamSums {
+  float *fn, *base, *scale, *norm;  // gradients, added to
+};
+// For one number of streams.
 struct StreamKernels {
-  // x [T, h, D]; fn [n, hD] and its transpose [hD, n up to whole lines]; base [n], scale [3]. Makes dots [T, n],
-  // u [T, D], post [T, h], comb [T, h, h], inverse_rms [T].
-  void (*enter_forward)(const float* x, const float* fn, const float* turned, const float* base, const float* scale,
-                        float* dots, float* u, float* post, float* comb, float* inverse_rms, int64_t dim,
-                        int64_t iterations, float eps, float norm_eps, int64_t from, int64_t to, float* workspace);
-  void (*enter_backward)(const float* x, const float* fn, const float* base, const float* scale, const float* dots,
-                         const float* inverse_rms, const float* grad_u, const float* grad_post,
-                         const float* grad_comb, const float* grad_past, float* grad_x, int64_t dim,
-                         int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
-                         int64_t from, int64_t to, float* workspace);
-  // y [T, D] -> out [T, h, D]
+  void (*cross_forward)(const StreamsTraining&, int64_t from, int64_t to);
+  void (*cross_backward)(const StreamsTraining&, const StreamSums&, int64_t from, int64_t to);
+  // The last sublayer is only left: y [T, D] -> out [T, h, D]
   void (*leave_forward)(const float* x, const float* y, const float* post, const float* comb, float* out, int64_t dim,
                         int64_t from, int64_t to);
   void (*leave_backward)(const float* x, const float* y, const float* post, const float* comb, const float* grad,
                          float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim, int64_t from,
                          int64_t to);
 };
-// Tokens that go through a stream kernel together: their streams stay in the cache between its passes.
-constexpr int64_t kMixTokens = 32;
+// Tokens that go through a stream kernel together: a tile. What one reads, makes and fetches for the next fits L2.
+constexpr int64_t kMixTokens = 16;
 constexpr int64_t kMaxStreams = 4;  // ops/hc_autograd.py knows it too
 
-inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {
-  return 2 * iterations * streams * kTrainingLine;
+inline int64_t gate_floats(const StreamsTraining& a) { return 2 * a.iterations * a.streams * kTrainingLine; }
+inline int64_t stream_workspace_floats(const StreamsTraining& a) {
+  return gate_floats(a) + kMixTokens * whole_lines(a.dim) * (1 + a.streams);
 }
 
 // Every function but the whole calls takes a range of rows, so that the caller can cut the work in parts.

@@ -7,10 +7,13 @@ constexpr int kTileVecs = VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kPanelColumns = kTileVecs * kLanes;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;  // weights are made as powers of two
 
-// Two products into one sum, of the same shape: the second pair is null where there is one only.
+// Two products into one sum, of the same shape: the second pair is null where there is one only. With each step goes a
+// line of memory that is needed soon, fetched to L2: `ahead` moves on by ahead_step.
 struct Factors {
   const float *a, *b, *a2, *b2;
   int64_t a_row, a_step, b_row;
+  const float* ahead;
+  int64_t ahead_step;
   void move(int64_t rows, int64_t columns) {
     a += rows * a_row, b += columns;
     if (a2 != nullptr) a2 += rows * a_row, b2 += columns;
@@ -19,15 +22,17 @@ struct Factors {
 
 // C [M, N vectors] (+)= A [M, depth] B [depth, N vectors], the tile in registers.
 template <int M, int N>
-INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
+INLINE void tile(Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
   Vec sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
+  const float* ahead = f.ahead;
   auto steps = [&](const float* a, const float* b) {
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < depth; ++k, ahead += f.ahead_step) {
       Vec right[N];
+      __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) right[n] = load(b + k * f.b_row + n * kLanes);
 #pragma GCC unroll 16
@@ -40,6 +45,7 @@ INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool 
   };
   steps(f.a, f.b);
   if (f.a2 != nullptr) steps(f.a2, f.b2);
+  f.ahead = ahead;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -47,7 +53,7 @@ INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool 
 }
 
 template <int N>
-static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
+static const float* product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
   constexpr int most = N * 2 > kTileVecs ? kTileRows : 2 * kTileRows;  // a narrow panel leaves registers for more rows
   for (int64_t tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
     const int64_t count = (rows + tiles - 1) / tiles;
@@ -62,22 +68,23 @@ static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int6
     }
     f.move(count, 0), c += count * c_row, rows -= count;
   }
+  return f.ahead;
 }
 
 // C [rows, columns up to a whole vector] (+)= A [rows, depth] B [depth, columns]; A(i, k) at a[i * a_row + k * a_step].
 static void product(Factors f, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
   int64_t left = (columns + kLanes - 1) / kLanes;
   for (; left >= kTileVecs; left -= kTileVecs, f.move(0, kPanelColumns), c += kPanelColumns)
-    product_panel<kTileVecs>(f, c, c_row, rows, depth, add);
+    f.ahead = product_panel<kTileVecs>(f, c, c_row, rows, depth, add);
   switch (left) {
-    case 1: return product_panel<1>(f, c, c_row, rows, depth, add);
-    case 2: return product_panel<2>(f, c, c_row, rows, depth, add);
-    case 3: return product_panel<3>(f, c, c_row, rows, depth, add);
+    case 1: product_panel<1>(f, c, c_row, rows, depth, add); break;
+    case 2: product_panel<2>(f, c, c_row, rows, depth, add); break;
+    case 3: product_panel<3>(f, c, c_row, rows, depth, add); break;
   }
 }
 static void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
-  product({a, b, nullptr, nullptr, a_row, a_step, b_row}, c, c_row, rows, columns, depth, add);
+  product({a, b, nullptr, nullptr, a_row, a_step, b_row, b, 0}, c, c_row, rows, columns, depth, add);
 }
 
 // x [n], pairs as complex numbers, times the turn: c = (cos, cos) and s = (-sin, sin) of each pair, whole lines.
@@ -255,10 +262,10 @@ struct AttentionBlocks {
   // Adds scores^T grad + slopes^T q to the keys' gradients.
   void add_key_grads() {
     const int64_t width = tiling.score_width;
-    product({scores, grad, slopes, q, 1, width, padded}, near_grads + (first - low) * padded, padded, near, padded,
+    product({scores, grad, slopes, q, 1, width, padded, q, 0}, near_grads + (first - low) * padded, padded, near, padded,
             rows, true);
     if (far)
-      product({scores + far_at, grad, slopes + far_at, q, 1, width, padded}, far_grads, padded, far, padded, rows,
+      product({scores + far_at, grad, slopes + far_at, q, 1, width, padded, q, 0}, far_grads, padded, far, padded, rows,
               true);
   }
   // Scores become 2^(score - highest); `sums` are theirs and the sink's; their logarithms are handed out.

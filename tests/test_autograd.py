@@ -117,7 +117,7 @@ def test_attention_matches_the_definition(steps: int, window: int, ratio: int, b
 def test_raw_attention_matches_the_definition(
     steps: int, window: int, ratio: int, heads: int, dim: int, rope: int, kernels: str
 ) -> None:
-    """From raw queries to rotated-back outputs, with the tokens of 2 sequences in 1 range and cut across them."""
+    """From raw queries to rotated-back outputs, in spans of one chunk, of several, and of whole sequences."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, steps, heads, dim), (2, steps, dim), (heads,)]
     if ratio:
@@ -139,10 +139,11 @@ def test_raw_attention_matches_the_definition(
         return
     assert_same(ours, plain, inputs, False)
     whole = derive(ours, inputs, False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_kernels, "parts", lambda *_: 3)
-        for a, b in zip(derive(ours, inputs, False), whole, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
+    for span in (256, steps):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_native, "_span", lambda *_, span=span: span)
+            for a, b in zip(derive(ours, inputs, False), whole, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("dim", [40, 64, 7])
