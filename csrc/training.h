@@ -64,7 +64,7 @@ struct LinearMap {
   const float *x, *weight;
   float *y, *grad_x, *grad_weight;  // null where no gradient is wanted
   int64_t in, out, x_row, y_row, grad_x_row;
-  int64_t adds;  // 1: the map before has the same x, and grad_x is added to
+  int64_t adds;  // to grad_x: 0 nothing, 1 to what the map before, of the same x, makes of it, 2 to what is there
 };
 struct LinearTraining {
   int64_t tokens, count;
@@ -87,8 +87,8 @@ struct ExpertsTraining {
   float* y;             // [T, D]: the output; backward: the gradient of x
   // Backward only.
   const float* grad;  // [T, D]
-  float *grad_w13, *grad_w2, *grad_row_weights, *grad_shared_w1, *grad_shared_w3, *grad_shared_w2;
-  float *shared_hidden, *shared_grad_inner;  // [T, shared I], [T, 2 * shared I]: scratch
+  float *grad_w13, *grad_w2, *grad_weights, *grad_shared_w1, *grad_shared_w3, *grad_shared_w2;  // weights: of pairs
+  float *grad_row_weights, *shared_hidden, *shared_grad_inner;  // [T * k], [T, shared I], [T, 2 * shared I]: scratch
 };
 
 // The mean cross-entropy of the tokens that count, from the head's inputs: logits = x weight^T. Mirrored by

@@ -63,7 +63,7 @@ static void train_linear_backward(Worker& worker, void* argument) {
   int64_t units = 0;
   for (int64_t n = 0; n < call.count; ++n) {
     const LinearMap& m = call.maps[n];
-    if (m.grad_x != nullptr && !m.adds) units += chunks;
+    if (m.grad_x != nullptr && m.adds != 1) units += chunks;
     if (m.grad_weight != nullptr) units += weight_grad(m).units();
   }
   worker.units(units, [&](int64_t unit) {
@@ -75,14 +75,14 @@ static void train_linear_backward(Worker& worker, void* argument) {
     }
     for (int64_t n = 0; n < call.count; ++n) {
       const LinearMap& m = call.maps[n];
-      if (m.grad_x == nullptr || m.adds) continue;
+      if (m.grad_x == nullptr || m.adds == 1) continue;
       if (unit >= chunks) {
         unit -= chunks;
         continue;
       }
       int64_t rows;
       const int64_t t = part_from(unit, kLinearGradRows, call.tokens, &rows);
-      for (int64_t i = n; i < call.count && (i == n || call.maps[i].adds); ++i) {
+      for (int64_t i = n; i < call.count && (i == n || call.maps[i].adds == 1); ++i) {
         const LinearMap& each = call.maps[i];
         gemm({each.y + t * each.y_row, each.y_row, 1, each.weight, each.in, 1,
               each.grad_x + t * each.grad_x_row, each.grad_x_row, rows, each.in, each.out, each.adds != 0},
@@ -199,5 +199,7 @@ static void train_experts_backward(Worker& worker, void* argument) {
     int64_t count;
     const int64_t t = part_from(unit, kTrainingExpertRows, a.tokens, &count);
     add_rows_of_tokens(a.outs, a.back, a.k, a.dim, a.y, t, t + count);
+    for (int64_t pair = t * a.k; pair < (t + count) * a.k; ++pair)
+      a.grad_weights[pair] = a.grad_row_weights[a.back[pair]];
   });
 }

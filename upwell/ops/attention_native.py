@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from upwell.ops import gradients, training_kernels
 
-
 _CHUNK = 128  # the least of AttentionTiling's in csrc/training.h
 _UNITS = 16  # of work for each thread
 
@@ -52,9 +51,9 @@ def _call(
     return _Call(*q.shape, 2 * cos.shape[-1], window, ratio if count else 0, count, span, eps, *addresses)
 
 
-def _span(batch: int, steps: int, window: int) -> int:
+def _span(q: Tensor, window: int) -> int:
     """Tokens of a unit of work: whole chunks, as many units as keep all threads busy to the end."""
-    chunk = max(window, _CHUNK)
+    batch, steps, chunk = q.shape[0], q.shape[1], max(window, _CHUNK)
     chunks = -(-steps // chunk)
     units = min(chunks, -(-_UNITS * torch.get_num_threads() // batch))  # of a sequence
     return chunk * -(-chunks // units)
@@ -69,7 +68,7 @@ class _AttendRaw(torch.autograd.Function):
         tensors = tuple(t if t is None else t.contiguous() for t in (q, kv, entries, sink, cos, sin))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         log_sum = q.new_empty(q.shape[:3])
-        span = _span(*q.shape[:2], settings[0])
+        span = _span(q, settings[0])
         training_kernels.run_whole("attention_forward", _call(tensors, out, log_sum, settings, span))
         ctx.save_for_backward(*tensors, out, log_sum)
         ctx.settings = settings
@@ -80,7 +79,7 @@ class _AttendRaw(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         *tensors, out, log_sum = ctx.saved_tensors
         q, kv, entries, sink = tensors[:4]
-        window, span = ctx.settings[0], _span(*q.shape[:2], ctx.settings[0])
+        window, span = ctx.settings[0], _span(q, ctx.settings[0])
         grads = [t if t is None else torch.empty_like(t) for t in (q, kv, entries, sink)]
         own = (window - 1 + (0 if entries is None else entries.shape[1])) * q.shape[-1] + sink.numel()
         shared = q.new_empty(q.shape[0] * -(-q.shape[1] // span), own)

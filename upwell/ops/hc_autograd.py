@@ -83,8 +83,9 @@ class _Cross(torch.autograd.Function):
         scale: Tensor, norm: Tensor | None, settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         tokens, h, dim = x.shape
-        x, y, post, comb = left = tuple(t if t is None else t.contiguous() for t in (x, y, post, comb))
-        out, fn = x if y is None else torch.empty_like(x), fn.contiguous()
+        x, fn = x.contiguous(), fn.contiguous()
+        y, post, comb = (t if t is None else t.contiguous() for t in (y, post, comb))
+        out = x if y is None else torch.empty_like(x)
         turned = F.pad(fn, (0, 0, 0, -fn.shape[0] % _LINE)).t().contiguous()  # n up to whole lines
         shapes = (tokens, fn.shape[0]), (tokens, dim), (tokens, h), (tokens, h, h), (tokens,)
         dots, u, next_post, next_comb, inverse_rms = (x.new_empty(shape) for shape in shapes)
@@ -94,7 +95,7 @@ class _Cross(torch.autograd.Function):
             u=u, next_post=next_post, next_comb=next_comb, inverse_rms=inverse_rms, norm=norm, normed=normed,
             norm_scale=norm_scale,
         ))  # fmt: skip
-        ctx.save_for_backward(*left, out, fn, base, scale, norm, dots, u, inverse_rms, norm_scale)
+        ctx.save_for_backward(x, y, post, comb, out, fn, base, scale, norm, dots, u, inverse_rms, norm_scale)
         ctx.settings = settings
         return u if normed is None else normed, out, next_post, next_comb
 

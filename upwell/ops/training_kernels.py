@@ -21,7 +21,7 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) -> list[Tensor]:
-    """upwell_train_<name> over `rows` cut in parts, by one team: the arguments, then sums, rows and the number of parts.
+    """upwell_train_<name> over `rows` cut in parts, by one team: the arguments, then sums, rows and how many parts.
 
     `sums`: lengths of FP32 vectors that the kernel makes, each part its own, then their totals, which are returned.
     Tensors are passed by address: they must be contiguous (or have strides among the arguments) and stay alive.
