@@ -32,7 +32,7 @@ void add_up(const Sum& sum, int64_t parts, int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) sum.total[k] += sum.of(part)[k];
 }
 
-// f(part, from, to) for each part of the rows once in the team; then the parts' sums, which begin at zero, are added up.
+// f(part, from, to) for each part of the rows once in the team; then the parts' sums, which begin at 0, are added up.
 template <class F>
 void in_parts(int64_t rows, int64_t parts, const Sum* sums, int64_t count, F f) {
   struct Cut {

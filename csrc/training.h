@@ -146,7 +146,7 @@ struct StreamsTraining {
   float *dots, *u, *next_post, *next_comb, *inverse_rms;  // [T, n], [T, D], [T, h], [T, h, h], [T]
   const float* norm;          // [D], or null: no norm
   float *normed, *norm_scale;  // [T, D], [T]
-  // Backward only. `grad` is of `normed`, or of u where there is no norm; grad_past is what comes to `out` by other ways.
+  // Backward only. `grad` is of `normed`, or of u without a norm; grad_past is what comes to `out` by other ways.
   const float *grad, *grad_next_post, *grad_next_comb, *grad_past;
   float *grad_x, *grad_y, *grad_post, *grad_comb;  // where nothing leaves, grad_x is of `out`, and the rest null
 };

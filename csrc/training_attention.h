@@ -262,8 +262,8 @@ struct AttentionBlocks {
   // Adds scores^T grad + slopes^T q to the keys' gradients.
   void add_key_grads() {
     const int64_t width = tiling.score_width;
-    product({scores, grad, slopes, q, 1, width, padded, q, 0}, near_grads + (first - low) * padded, padded, near, padded,
-            rows, true);
+    product({scores, grad, slopes, q, 1, width, padded, q, 0}, near_grads + (first - low) * padded, padded, near,
+            padded, rows, true);
     if (far)
       product({scores + far_at, grad, slopes + far_at, q, 1, width, padded, q, 0}, far_grads, padded, far, padded, rows,
               true);

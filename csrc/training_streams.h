@@ -79,8 +79,8 @@ struct Gates {
   }
 };
 
-// Of tokens [from, to), a tile: dots = fn x. fn [n, width], `turned` its transpose [width, n up to whole lines]; `made` has
-// room for the tile's rows of whole lines. The next tile's streams, read and written, are fetched meanwhile.
+// Of tokens [from, to), a tile: dots = fn x; `made` has room for the tile's rows of whole lines. The next tile's
+// streams, read and written, are fetched meanwhile.
 static void mix_products(const StreamsTraining& a, int64_t n, int64_t width, int64_t from, int64_t to, float* made) {
   const int64_t padded = whole_lines(n), count = to - from, first = (count + 1) / 2;
   const float* x = a.out + from * width;
