@@ -1,5 +1,5 @@
-// The C entry points of training's kernels, each run by a team. Linear maps and experts are whole calls; the others cut
-// `rows` into `parts`, and of a sum over rows each part has its own, one after another, to be added up by the caller.
+// The C entry points of training's kernels, each run by a team. Attention, linear maps and experts are whole calls; the
+// others cut `rows` into `parts`, and a sum over rows comes with room for each part's own, one after another.
 #include "training.h"
 
 #include <cstring>
@@ -18,24 +18,51 @@ const TrainingKernels& kernels() {
   return baseline::training;
 }
 
+// A sum over rows, of n floats: each part's own, [parts, n], and the total.
+struct Sum {
+  float *parts, *total;
+  int64_t n;
+  float* of(int64_t part) const { return parts + part * n; }
+};
+constexpr int64_t kSumFloats = 2048;  // added up at a time
+
+void add_up(const Sum& sum, int64_t parts, int64_t from, int64_t to) {
+  std::memcpy(sum.total + from, sum.parts + from, sizeof(float) * size_t(to - from));
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t k = from; k < to; ++k) sum.total[k] += sum.of(part)[k];
+}
+
+// f(part, from, to) for each part of the rows once in the team; then the parts' sums, which begin at 0, are added up.
 template <class F>
-void in_parts(int64_t rows, int64_t parts, F f) {
+void in_parts(int64_t rows, int64_t parts, const Sum* sums, int64_t count, F f) {
   struct Cut {
-    int64_t rows, parts;
+    int64_t rows, parts, count;
+    const Sum* sums;
     F& f;
-  } cut{rows, parts, f};
+  } cut{rows, parts, count, sums, f};
   run_team(
       [](Worker& worker, void* raw) {
         const Cut& all = *static_cast<Cut*>(raw);
         worker.units(all.parts, [&](int64_t part) {
+          for (int64_t i = 0; i < all.count; ++i)
+            std::memset(all.sums[i].of(part), 0, sizeof(float) * size_t(all.sums[i].n));
           all.f(part, all.rows * part / all.parts, all.rows * (part + 1) / all.parts);
         });
+        if (all.count == 0) return;
+        worker.barrier();
+        for (int64_t i = 0; i < all.count; ++i) {
+          const Sum& sum = all.sums[i];
+          worker.units((sum.n + kSumFloats - 1) / kSumFloats, [&](int64_t unit) {
+            const int64_t from = unit * kSumFloats, left = sum.n - from;
+            add_up(sum, all.parts, from, from + (left < kSumFloats ? left : kSumFloats));
+          });
+        }
       },
       &cut);
 }
-
-float* workspace(const AttentionTraining& call) {
-  return training_workspace(AttentionTiling(call).workspace_floats(call));
+template <class F>
+void in_parts(int64_t rows, int64_t parts, F f) {
+  in_parts(rows, parts, nullptr, 0, f);
 }
 
 }  // namespace
@@ -68,22 +95,11 @@ void upwell_train_experts_backward(upwell::ExpertsTraining* call) {
 
 void upwell_train_loss(upwell::LossTraining* call) { upwell::run_team(upwell::kernels().loss, call); }
 
-void upwell_train_attention_forward(const upwell::AttentionTraining* call, int64_t rows, int64_t parts) {
-  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
-    upwell::kernels().attention_forward(*call, from, to, upwell::workspace(*call));
-  });
+void upwell_train_attention_forward(upwell::AttentionTraining* call) {
+  upwell::run_team(upwell::kernels().attention_forward, call);
 }
-
-void upwell_train_attention_backward(const upwell::AttentionTraining* call, float* grad_kv, float* grad_entries,
-                                     float* grad_sink, int64_t rows, int64_t parts) {
-  // Sums over a sequence's tokens need no copy a part where a part is a sequence.
-  const bool copies = parts != rows / call->steps;
-  const int64_t kv = copies ? rows * call->dim : 0;
-  const int64_t entries = copies ? rows / call->steps * call->entry_count * call->dim : 0;
-  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().attention_backward(*call, grad_kv + part * kv, grad_entries + part * entries,
-                                         grad_sink + part * call->heads, from, to, upwell::workspace(*call));
-  });
+void upwell_train_attention_backward(upwell::AttentionTraining* call) {
+  upwell::run_team(upwell::kernels().attention_backward, call);
 }
 
 void upwell_train_pool_forward(const upwell::PoolTraining* call, int64_t rows, int64_t parts) {
@@ -91,9 +107,11 @@ void upwell_train_pool_forward(const upwell::PoolTraining* call, int64_t rows, i
                    [&](int64_t, int64_t from, int64_t to) { upwell::kernels().pool_forward(*call, from, to); });
 }
 
-void upwell_train_pool_backward(const upwell::PoolTraining* call, float* grad_ape, int64_t rows, int64_t parts) {
-  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().pool_backward(*call, grad_ape + part * call->ratio * call->width, from, to);
+void upwell_train_pool_backward(const upwell::PoolTraining* call, float* ape_parts, float* grad_ape, int64_t rows,
+                                int64_t parts) {
+  const upwell::Sum sum{ape_parts, grad_ape, call->ratio * call->width};
+  upwell::in_parts(rows, parts, &sum, 1, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().pool_backward(*call, sum.of(part), from, to);
   });
 }
 
@@ -129,10 +147,11 @@ void upwell_train_norm_forward(const float* x, const float* weight, float* out, 
 }
 
 void upwell_train_norm_backward(const float* x, const float* weight, const float* scale, const float* grad,
-                                float* grad_x, int64_t dim, const upwell::Turn* turn, float* grad_weight, int64_t rows,
-                                int64_t parts) {
-  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, *turn, grad_weight + part * dim, from, to);
+                                float* grad_x, int64_t dim, const upwell::Turn* turn, float* weight_parts,
+                                float* grad_weight, int64_t rows, int64_t parts) {
+  const upwell::Sum sum{weight_parts, grad_weight, dim};
+  upwell::in_parts(rows, parts, &sum, 1, [&](int64_t part, int64_t from, int64_t to) {
+    upwell::kernels().norm_backward(x, weight, scale, grad, grad_x, dim, *turn, sum.of(part), from, to);
   });
 }
 
@@ -152,69 +171,21 @@ void upwell_train_swiglu_backward(const float* gate, const float* up, int64_t ro
   });
 }
 
-void upwell_train_enter_forward(int64_t streams, const float* x, const float* fn, const float* turned,
-                                const float* base, const float* scale, float* dots, float* u, float* post,
-                                float* comb, float* inverse_rms, int64_t dim, int64_t iterations, float eps,
-                                float norm_eps, int64_t rows, int64_t parts) {
+void upwell_train_cross_forward(const upwell::StreamsTraining* call, int64_t rows, int64_t parts) {
   upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
-    upwell::kernels().streams[streams - 1].enter_forward(
-        x, fn, turned, base, scale, dots, u, post, comb, inverse_rms, dim, iterations, eps, norm_eps, from, to,
-        upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations)));
+    upwell::kernels().streams[call->streams - 1].cross_forward(*call, from, to);
   });
 }
 
-void upwell_train_enter_backward(int64_t streams, const float* x, const float* fn, const float* base,
-                                 const float* scale, const float* dots, const float* inverse_rms,
-                                 const float* grad_u, const float* grad_post, const float* grad_comb,
-                                 const float* grad_past, float* grad_x, int64_t dim, int64_t iterations, float eps,
-                                 float* grad_fn, float* grad_base, float* grad_scale, int64_t rows, int64_t parts) {
-  const int64_t n = (2 + streams) * streams, weights = n * streams * dim;
-  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    upwell::kernels().streams[streams - 1].enter_backward(
-        x, fn, base, scale, dots, inverse_rms, grad_u, grad_post, grad_comb, grad_past, grad_x, dim, iterations, eps,
-        grad_fn + part * weights, grad_base + part * n, grad_scale + part * 3, from, to,
-        upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations)));
-  });
-}
-
-// Leaving a sublayer and entering the next: streams x become `out`, a few tokens at a time.
-void upwell_train_cross_forward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,
-                                float* out, const float* fn, const float* turned, const float* base,
-                                const float* scale, float* dots, float* u, float* next_post, float* next_comb,
-                                float* inverse_rms, int64_t dim, int64_t iterations, float eps, float norm_eps,
-                                int64_t rows, int64_t parts) {
-  const upwell::StreamKernels& kernels = upwell::kernels().streams[streams - 1];
-  upwell::in_parts(rows, parts, [&](int64_t, int64_t from, int64_t to) {
-    float* workspace = upwell::training_workspace(upwell::stream_workspace_floats(streams, iterations));
-    for (int64_t t = from, end; t < to; t = end) {
-      end = t + upwell::kMixTokens < to ? t + upwell::kMixTokens : to;
-      kernels.leave_forward(x, y, post, comb, out, dim, t, end);
-      kernels.enter_forward(out, fn, turned, base, scale, dots, u, next_post, next_comb, inverse_rms, dim, iterations,
-                            eps, norm_eps, t, end, workspace);
-    }
-  });
-}
-
-void upwell_train_cross_backward(int64_t streams, const float* x, const float* y, const float* post, const float* comb,
-                                 const float* out, const float* fn, const float* base, const float* scale,
-                                 const float* dots, const float* inverse_rms, const float* grad_u,
-                                 const float* grad_next_post, const float* grad_next_comb, const float* grad_past,
-                                 float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim,
-                                 int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
-                                 int64_t rows, int64_t parts) {
-  const upwell::StreamKernels& kernels = upwell::kernels().streams[streams - 1];
-  const int64_t n = (2 + streams) * streams, width = streams * dim;
-  upwell::in_parts(rows, parts, [&](int64_t part, int64_t from, int64_t to) {
-    const int64_t own = upwell::stream_workspace_floats(streams, iterations);
-    float* workspace = upwell::training_workspace(own + upwell::kMixTokens * width);
-    for (int64_t t = from, end; t < to; t = end) {
-      end = t + upwell::kMixTokens < to ? t + upwell::kMixTokens : to;
-      float* grad_out = workspace + own - t * width;
-      kernels.enter_backward(out, fn, base, scale, dots, inverse_rms, grad_u, grad_next_post, grad_next_comb,
-                             grad_past, grad_out, dim, iterations, eps, grad_fn + part * n * width,
-                             grad_base + part * n, grad_scale + part * 3, t, end, workspace);
-      kernels.leave_backward(x, y, post, comb, grad_out, grad_x, grad_y, grad_post, grad_comb, dim, t, end);
-    }
+void upwell_train_cross_backward(const upwell::StreamsTraining* call, float* fn_parts, float* base_parts,
+                                 float* scale_parts, float* norm_parts, float* grad_fn, float* grad_base,
+                                 float* grad_scale, float* grad_norm, int64_t rows, int64_t parts) {
+  const int64_t n = (2 + call->streams) * call->streams, weights = n * call->streams * call->dim;
+  const upwell::Sum sums[] = {{fn_parts, grad_fn, weights}, {base_parts, grad_base, n}, {scale_parts, grad_scale, 3},
+                              {norm_parts, grad_norm, call->norm == nullptr ? 0 : call->dim}};
+  upwell::in_parts(rows, parts, sums, 4, [&](int64_t part, int64_t from, int64_t to) {
+    const upwell::StreamSums own{sums[0].of(part), sums[1].of(part), sums[2].of(part), sums[3].of(part)};
+    upwell::kernels().streams[call->streams - 1].cross_backward(*call, own, from, to);
   });
 }
 

@@ -8,10 +8,11 @@ namespace upwell {
 
 float* training_workspace(int64_t floats);  // this thread's, aligned to cache lines
 
-// All tensors contiguous; B sequences of S tokens, H heads of d dims, of which the last r are rotary. The layout is
-// mirrored by ops/attention_native.py.
+// All tensors contiguous; B sequences of S tokens, H heads of d dims, of which the last r are rotary. A unit of work is
+// `span` tokens of one sequence, at least a window and a chunk (AttentionTiling). The layout is mirrored by
+// ops/attention_native.py.
 struct AttentionTraining {
-  int64_t steps, heads, dim, rope, window, ratio, entry_count;
+  int64_t batch, steps, heads, dim, rope, window, ratio, entry_count, span;
   double eps;
   const float *q;        // [B, S, H, d], before the heads' norm and the rotation
   const float *kv;       // [B, S, d]
@@ -22,7 +23,12 @@ struct AttentionTraining {
   float *log_sum;          // [B, S, H]: log of the softmax's sum, the sink's share included
   // Backward only.
   const float *grad;  // of out
-  float *grad_q;      // [B, S, H, d]
+  float *grad_q, *grad_kv, *grad_entries, *grad_sink;  // of q, kv, entries and sink
+  float *shared;  // scratch, what each span adds to others' gradients: see shared_floats
+
+  int64_t spans() const { return (steps + span - 1) / span; }  // of a sequence
+  // A span's gradients of the keys before it [window - 1, d], of the entries [N, d] and of the sink [H].
+  int64_t shared_floats() const { return (window - 1 + entry_count) * dim + heads; }
 };
 
 constexpr int64_t kTrainingLine = 16;  // floats of a cache line, a multiple of every instruction set's lanes
@@ -58,7 +64,7 @@ struct LinearMap {
   const float *x, *weight;
   float *y, *grad_x, *grad_weight;  // null where no gradient is wanted
   int64_t in, out, x_row, y_row, grad_x_row;
-  int64_t adds;  // 1: the map before has the same x, and grad_x is added to
+  int64_t adds;  // to grad_x: 0 nothing, 1 to what the map before, of the same x, makes of it, 2 to what is there
 };
 struct LinearTraining {
   int64_t tokens, count;
@@ -81,8 +87,8 @@ struct ExpertsTraining {
   float* y;             // [T, D]: the output; backward: the gradient of x
   // Backward only.
   const float* grad;  // [T, D]
-  float *grad_w13, *grad_w2, *grad_row_weights, *grad_shared_w1, *grad_shared_w3, *grad_shared_w2;
-  float *shared_hidden, *shared_grad_inner;  // [T, shared I], [T, 2 * shared I]: scratch
+  float *grad_w13, *grad_w2, *grad_weights, *grad_shared_w1, *grad_shared_w3, *grad_shared_w2;  // weights: of pairs
+  float *grad_row_weights, *shared_hidden, *shared_grad_inner;  // [T * k], [T, shared I], [T, 2 * shared I]: scratch
 };
 
 // The mean cross-entropy of the tokens that count, from the head's inputs: logits = x weight^T. Mirrored by
@@ -129,38 +135,46 @@ struct RoutingTraining {
   float* grad_logits;  // [T, E]
 };
 
-// mHC around a sublayer, for one number of streams h. n = (2 + h) h.
+// mHC between sublayers: T tokens' h streams of D dims leave one sublayer and enter the next, whose input is normed.
+// n = (2 + h) h. Mirrored by ops/hc_autograd.py.
+struct StreamsTraining {
+  int64_t streams, dim, iterations;
+  float eps, rms_eps, norm_eps;
+  const float *x, *y, *post, *comb;  // what leaves: [T, h, D], [T, D], [T, h], [T, h, h]; null at the first sublayer
+  float* out;                        // [T, h, D], what enters: made, or given where nothing leaves
+  const float *fn, *turned, *base, *scale;  // [n, hD], its transpose [hD, n up to whole lines], [n], [3]
+  float *dots, *u, *next_post, *next_comb, *inverse_rms;  // [T, n], [T, D], [T, h], [T, h, h], [T]
+  const float* norm;          // [D], or null: no norm
+  float *normed, *norm_scale;  // [T, D], [T]
+  // Backward only. `grad` is of `normed`, or of u without a norm; grad_past is what comes to `out` by other ways.
+  const float *grad, *grad_next_post, *grad_next_comb, *grad_past;
+  float *grad_x, *grad_y, *grad_post, *grad_comb;  // where nothing leaves, grad_x is of `out`, and the rest null
+};
+struct StreamSums {
+  float *fn, *base, *scale, *norm;  // gradients, added to
+};
+// For one number of streams.
 struct StreamKernels {
-  // x [T, h, D]; fn [n, hD] and its transpose [hD, n up to whole lines]; base [n], scale [3]. Makes dots [T, n],
-  // u [T, D], post [T, h], comb [T, h, h], inverse_rms [T].
-  void (*enter_forward)(const float* x, const float* fn, const float* turned, const float* base, const float* scale,
-                        float* dots, float* u, float* post, float* comb, float* inverse_rms, int64_t dim,
-                        int64_t iterations, float eps, float norm_eps, int64_t from, int64_t to, float* workspace);
-  void (*enter_backward)(const float* x, const float* fn, const float* base, const float* scale, const float* dots,
-                         const float* inverse_rms, const float* grad_u, const float* grad_post,
-                         const float* grad_comb, const float* grad_past, float* grad_x, int64_t dim,
-                         int64_t iterations, float eps, float* grad_fn, float* grad_base, float* grad_scale,
-                         int64_t from, int64_t to, float* workspace);
-  // y [T, D] -> out [T, h, D]
+  void (*cross_forward)(const StreamsTraining&, int64_t from, int64_t to);
+  void (*cross_backward)(const StreamsTraining&, const StreamSums&, int64_t from, int64_t to);
+  // The last sublayer is only left: y [T, D] -> out [T, h, D]
   void (*leave_forward)(const float* x, const float* y, const float* post, const float* comb, float* out, int64_t dim,
                         int64_t from, int64_t to);
   void (*leave_backward)(const float* x, const float* y, const float* post, const float* comb, const float* grad,
                          float* grad_x, float* grad_y, float* grad_post, float* grad_comb, int64_t dim, int64_t from,
                          int64_t to);
 };
-// Tokens that go through a stream kernel together: their streams stay in the cache between its passes.
-constexpr int64_t kMixTokens = 32;
+// Tokens that go through a stream kernel together: a tile. What one reads, makes and fetches for the next fits L2.
+constexpr int64_t kMixTokens = 16;
 constexpr int64_t kMaxStreams = 4;  // ops/hc_autograd.py knows it too
 
-inline int64_t stream_workspace_floats(int64_t streams, int64_t iterations) {
-  return 2 * iterations * streams * kTrainingLine;
+inline int64_t gate_floats(const StreamsTraining& a) { return 2 * a.iterations * a.streams * kTrainingLine; }
+inline int64_t stream_workspace_floats(const StreamsTraining& a) {
+  return gate_floats(a) + kMixTokens * whole_lines(a.dim) * (1 + a.streams);
 }
 
 // Every function but the whole calls takes a range of rows, so that the caller can cut the work in parts.
 struct TrainingKernels {
-  void (*attention_forward)(const AttentionTraining&, int64_t from, int64_t to, float* workspace);
-  void (*attention_backward)(const AttentionTraining&, float* grad_kv, float* grad_entries, float* grad_sink,
-                             int64_t from, int64_t to, float* workspace);
   void (*norm_forward)(const float* x, const float* weight, float* out, float* scale, int64_t dim, float eps,
                        const Turn& turn, int64_t from, int64_t to);
   void (*norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, float* grad_x,
@@ -174,7 +188,8 @@ struct TrainingKernels {
   void (*swiglu_backward)(const float* gate, const float* up, int64_t row, const float* weights, float limit,
                           const float* grad, float* grad_gate, float* grad_up, int64_t grad_row, float* hidden,
                           float* grad_weights, int64_t dim, int64_t from, int64_t to);
-  Body linear_forward, linear_backward, experts_forward, experts_backward, loss;  // whole calls
+  // Whole calls.
+  Body attention_forward, attention_backward, linear_forward, linear_backward, experts_forward, experts_backward, loss;
   StreamKernels streams[kMaxStreams];  // for 1 .. kMaxStreams streams
 };
 

@@ -7,10 +7,13 @@ constexpr int kTileVecs = VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kPanelColumns = kTileVecs * kLanes;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;  // weights are made as powers of two
 
-// Two products into one sum, of the same shape: the second pair is null where there is one only.
+// Two products into one sum, of the same shape: the second pair is null where there is one only. With each step goes a
+// line of memory that is needed soon, fetched to L2: `ahead` moves on by ahead_step.
 struct Factors {
   const float *a, *b, *a2, *b2;
   int64_t a_row, a_step, b_row;
+  const float* ahead;
+  int64_t ahead_step;
   void move(int64_t rows, int64_t columns) {
     a += rows * a_row, b += columns;
     if (a2 != nullptr) a2 += rows * a_row, b2 += columns;
@@ -19,15 +22,17 @@ struct Factors {
 
 // C [M, N vectors] (+)= A [M, depth] B [depth, N vectors], the tile in registers.
 template <int M, int N>
-INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
+INLINE void tile(Factors& f, float* c, int64_t c_row, int64_t depth, bool add) {
   Vec sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
+  const float* ahead = f.ahead;
   auto steps = [&](const float* a, const float* b) {
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < depth; ++k, ahead += f.ahead_step) {
       Vec right[N];
+      __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) right[n] = load(b + k * f.b_row + n * kLanes);
 #pragma GCC unroll 16
@@ -40,6 +45,7 @@ INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool 
   };
   steps(f.a, f.b);
   if (f.a2 != nullptr) steps(f.a2, f.b2);
+  f.ahead = ahead;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -47,7 +53,7 @@ INLINE void tile(const Factors& f, float* c, int64_t c_row, int64_t depth, bool 
 }
 
 template <int N>
-static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
+static const float* product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
   constexpr int most = N * 2 > kTileVecs ? kTileRows : 2 * kTileRows;  // a narrow panel leaves registers for more rows
   for (int64_t tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
     const int64_t count = (rows + tiles - 1) / tiles;
@@ -62,22 +68,23 @@ static void product_panel(Factors f, float* c, int64_t c_row, int64_t rows, int6
     }
     f.move(count, 0), c += count * c_row, rows -= count;
   }
+  return f.ahead;
 }
 
 // C [rows, columns up to a whole vector] (+)= A [rows, depth] B [depth, columns]; A(i, k) at a[i * a_row + k * a_step].
 static void product(Factors f, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
   int64_t left = (columns + kLanes - 1) / kLanes;
   for (; left >= kTileVecs; left -= kTileVecs, f.move(0, kPanelColumns), c += kPanelColumns)
-    product_panel<kTileVecs>(f, c, c_row, rows, depth, add);
+    f.ahead = product_panel<kTileVecs>(f, c, c_row, rows, depth, add);
   switch (left) {
-    case 1: return product_panel<1>(f, c, c_row, rows, depth, add);
-    case 2: return product_panel<2>(f, c, c_row, rows, depth, add);
-    case 3: return product_panel<3>(f, c, c_row, rows, depth, add);
+    case 1: product_panel<1>(f, c, c_row, rows, depth, add); break;
+    case 2: product_panel<2>(f, c, c_row, rows, depth, add); break;
+    case 3: product_panel<3>(f, c, c_row, rows, depth, add); break;
   }
 }
 static void product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
                     int64_t c_row, int64_t rows, int64_t columns, int64_t depth, bool add) {
-  product({a, b, nullptr, nullptr, a_row, a_step, b_row}, c, c_row, rows, columns, depth, add);
+  product({a, b, nullptr, nullptr, a_row, a_step, b_row, b, 0}, c, c_row, rows, columns, depth, add);
 }
 
 // x [n], pairs as complex numbers, times the turn: c = (cos, cos) and s = (-sin, sin) of each pair, whole lines.
@@ -255,10 +262,10 @@ struct AttentionBlocks {
   // Adds scores^T grad + slopes^T q to the keys' gradients.
   void add_key_grads() {
     const int64_t width = tiling.score_width;
-    product({scores, grad, slopes, q, 1, width, padded}, near_grads + (first - low) * padded, padded, near, padded,
-            rows, true);
+    product({scores, grad, slopes, q, 1, width, padded, q, 0}, near_grads + (first - low) * padded, padded, near,
+            padded, rows, true);
     if (far)
-      product({scores + far_at, grad, slopes + far_at, q, 1, width, padded}, far_grads, padded, far, padded, rows,
+      product({scores + far_at, grad, slopes + far_at, q, 1, width, padded, q, 0}, far_grads, padded, far, padded, rows,
               true);
   }
   // Scores become 2^(score - highest); `sums` are theirs and the sink's; their logarithms are handed out.
@@ -338,42 +345,87 @@ struct AttentionBlocks {
   }
 };
 
-static void train_attention_forward(const AttentionTraining& a, int64_t from, int64_t to, float* workspace) {
-  AttentionBlocks b(a, workspace);
-  b.each(from, to, [&] {
-    b.copy_queries();
-    b.multiply_keys(b.q, b.scores);
-    b.hide();
-    b.soften();
-    b.sum_keys(b.scores);
-    b.put_outputs();
-  }, [] {});
+// f(span) for each span once in the team, the later ones of a sequence, which see more entries, first: `span` is its
+// number among all, and its tokens are [from, to) of all sequences'.
+template <class F>
+static void each_span(Worker& worker, const AttentionTraining& a, F f) {
+  const int64_t spans = a.spans();
+  worker.units(a.batch * spans, [&](int64_t unit) {
+    const int64_t sequence = unit % a.batch, number = spans - 1 - unit / a.batch, begin = number * a.span;
+    const int64_t from = sequence * a.steps + begin, left = a.steps - begin;
+    f(sequence * spans + number, from, from + (left < a.span ? left : a.span));
+  });
 }
 
-// grad_kv [B, S, d], grad_entries [B, N, d] and grad_sink [H] are added to: one set for each range of tokens.
-static void train_attention_backward(const AttentionTraining& a, float* grad_kv, float* grad_entries,
-                                     float* grad_sink, int64_t from, int64_t to, float* workspace) {
-  AttentionBlocks b(a, workspace);
-  std::memset(b.near_grads, 0, sizeof(float) * b.tiling.near * b.padded);
-  std::memset(b.far_grads, 0, sizeof(float) * a.entry_count * b.padded);
-  b.each(from, to, [&] {
-    b.copy_queries();
-    b.multiply_keys(b.q, b.scores);
-    b.hide();
-    b.copy_gradients();
-    b.multiply_keys(b.grad, b.slopes);
-    b.harden(grad_sink);
-    b.add_key_grads();
-    b.sum_keys(b.slopes);
-    b.put_query_grads();
-  }, [&] {
-    auto hand_over = [&](float* from_sums, int64_t count, float* grads) {
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t k = 0; k < b.dim; ++k) grads[j * b.dim + k] += from_sums[j * b.padded + k];
-        std::memset(from_sums + j * b.padded, 0, sizeof(float) * b.padded);
+static void train_attention_forward(Worker& worker, void* argument) {
+  const auto& a = *static_cast<const AttentionTraining*>(argument);
+  AttentionBlocks b(a, training_workspace(AttentionTiling(a).workspace_floats(a)));
+  each_span(worker, a, [&](int64_t, int64_t from, int64_t to) {
+    b.each(from, to, [&] {
+      b.copy_queries();
+      b.multiply_keys(b.q, b.scores);
+      b.hide();
+      b.soften();
+      b.sum_keys(b.scores);
+      b.put_outputs();
+    }, [] {});
+  });
+}
+
+// A span writes the gradients of its own keys; those of keys before it, of entries and of the sink go to its part of
+// `shared`, and are added up when all spans are through.
+static void train_attention_backward(Worker& worker, void* argument) {
+  const auto& a = *static_cast<const AttentionTraining*>(argument);
+  const int64_t dim = a.dim, before = (a.window - 1) * dim, entries = a.entry_count * dim, spans = a.spans();
+  AttentionBlocks b(a, training_workspace(AttentionTiling(a).workspace_floats(a)));
+  each_span(worker, a, [&](int64_t span, int64_t from, int64_t to) {
+    float *grad_before = a.shared + span * a.shared_floats(), *grad_entries = grad_before + before;
+    float* grad_sink = grad_entries + entries;
+    std::memset(grad_entries, 0, sizeof(float) * (entries + a.heads));
+    std::memset(b.near_grads, 0, sizeof(float) * b.tiling.near * b.padded);
+    std::memset(b.far_grads, 0, sizeof(float) * a.entry_count * b.padded);
+    int64_t known = from;  // tokens before it have gradients already
+    b.each(from, to, [&] {
+      b.copy_queries();
+      b.multiply_keys(b.q, b.scores);
+      b.hide();
+      b.copy_gradients();
+      b.multiply_keys(b.grad, b.slopes);
+      b.harden(grad_sink);
+      b.add_key_grads();
+      b.sum_keys(b.slopes);
+      b.put_query_grads();
+    }, [&] {
+      const int64_t low = b.sequence * a.steps + b.low;
+      for (int64_t j = 0; j < b.near_count; ++j) {
+        float *row = b.near_grads + j * b.padded, *to_kv = a.grad_kv + (low + j) * dim;
+        if (low + j < from) copy_floats(row, dim, grad_before + (low + j - from + a.window - 1) * dim);
+        else if (low + j < known) add_floats(row, dim, to_kv);
+        else copy_floats(row, dim, to_kv);
+        std::memset(row, 0, sizeof(float) * b.padded);
       }
-    };
-    hand_over(b.near_grads, b.near_count, grad_kv + (b.sequence * a.steps + b.low) * b.dim);
-    hand_over(b.far_grads, b.far_count, grad_entries + b.sequence * a.entry_count * b.dim);
+      known = low + b.near_count;
+      for (int64_t j = 0; j < b.far_count; ++j) {
+        add_floats(b.far_grads + j * b.padded, dim, grad_entries + j * dim);
+        std::memset(b.far_grads + j * b.padded, 0, sizeof(float) * b.padded);
+      }
+    });
+  });
+  worker.barrier();
+  worker.units(a.batch * spans + 1, [&](int64_t unit) {
+    const float* own = a.shared + unit * a.shared_floats();
+    if (unit == a.batch * spans) {
+      std::memset(a.grad_sink, 0, sizeof(float) * a.heads);
+      for (own = a.shared; unit > 0; --unit, own += a.shared_floats())
+        add_floats(own + before + entries, a.heads, a.grad_sink);
+      return;
+    }
+    const int64_t number = unit % spans, sequence = unit / spans, begin = number * a.span;
+    const int64_t count = a.window - 1 < begin ? a.window - 1 : begin;
+    add_floats(own + before - count * dim, count * dim, a.grad_kv + (sequence * a.steps + begin - count) * dim);
+    if (number > 0) return;
+    float* grad_entries = a.grad_entries + sequence * entries;
+    copy_floats(own + before, entries, grad_entries);
+    for (int64_t i = 1; i < spans; ++i) add_floats(own + i * a.shared_floats() + before, entries, grad_entries);
   });
 }

@@ -146,6 +146,9 @@ static void gemm_rows(const float* a, int64_t a_step, const float* panels, int64
 INLINE void copy_floats(const float* from, int64_t n, float* to) {
   map(to, from, n, [](Vec v, int64_t) { return v; });
 }
+INLINE void add_floats(const float* from, int64_t n, float* to) {
+  map(to, to, n, [&](Vec v, int64_t k) { return v + load_at(from, k, n); });
+}
 
 // A's rows lie as rows: a tile's worth is copied at a time. `a` begins with the first step.
 static void gemm_plain(const Gemm& g, FloatRows a, const float* packed, float* rows_at, float* c, int64_t depth,

@@ -1,8 +1,9 @@
 // Training's linear maps and mixture of experts, FP32, whole calls by one team. Every sum is made by one thread in a
-// fixed order, so results do not depend on who was first. After training_gemm.h and training_rows.h in each
-// instruction set's namespace.
+// fixed order, so results do not depend on who was first. The longest units come first, that threads end together.
+// After training_gemm.h and training_rows.h in each instruction set's namespace.
 
 constexpr int64_t kLinearRows = 512;    // tokens of a unit of work
+constexpr int64_t kLinearGradRows = 256;  // and of one in the backward pass, where a unit has several products
 constexpr int64_t kGradRows = kTurnedRows;  // a weight gradient's unit: outputs
 constexpr int64_t kGradColumns = 128;   // and inputs, or twice as many where there are many outputs
 constexpr int64_t kTrainingExpertRows = 256;    // rows that go through an expert together
@@ -55,38 +56,39 @@ static void train_linear_forward(Worker& worker, void* argument) {
 static void train_linear_backward(Worker& worker, void* argument) {
   const auto& call = *static_cast<const LinearTraining*>(argument);
   float* workspace = training_workspace(kGemmFloats);
-  const int64_t chunks = parts_of(call.tokens, kLinearRows);
+  const int64_t chunks = parts_of(call.tokens, kLinearGradRows);
   auto weight_grad = [&](const LinearMap& m) {
     return WeightGrad{m.y, m.y_row, m.x, m.x_row, m.grad_weight, m.out, m.in, call.tokens};
   };
   int64_t units = 0;
   for (int64_t n = 0; n < call.count; ++n) {
     const LinearMap& m = call.maps[n];
-    if (m.grad_x != nullptr && !m.adds) units += chunks;
+    if (m.grad_x != nullptr && m.adds != 1) units += chunks;
     if (m.grad_weight != nullptr) units += weight_grad(m).units();
   }
   worker.units(units, [&](int64_t unit) {
-    for (int64_t n = 0; n < call.count; ++n) {
-      const LinearMap& m = call.maps[n];
-      if (m.grad_x == nullptr || m.adds) continue;
-      if (unit < chunks) {
-        int64_t rows;
-        const int64_t t = part_from(unit, kLinearRows, call.tokens, &rows);
-        for (int64_t i = n; i < call.count && (i == n || call.maps[i].adds); ++i) {
-          const LinearMap& each = call.maps[i];
-          gemm({each.y + t * each.y_row, each.y_row, 1, each.weight, each.in, 1,
-                each.grad_x + t * each.grad_x_row, each.grad_x_row, rows, each.in, each.out, each.adds != 0},
-               workspace);
-        }
-        return;
-      }
-      unit -= chunks;
-    }
     for (int64_t n = 0; n < call.count; ++n) {
       if (call.maps[n].grad_weight == nullptr) continue;
       const WeightGrad grad = weight_grad(call.maps[n]);
       if (unit < grad.units()) return grad.run(unit, workspace);
       unit -= grad.units();
+    }
+    for (int64_t n = 0; n < call.count; ++n) {
+      const LinearMap& m = call.maps[n];
+      if (m.grad_x == nullptr || m.adds == 1) continue;
+      if (unit >= chunks) {
+        unit -= chunks;
+        continue;
+      }
+      int64_t rows;
+      const int64_t t = part_from(unit, kLinearGradRows, call.tokens, &rows);
+      for (int64_t i = n; i < call.count && (i == n || call.maps[i].adds == 1); ++i) {
+        const LinearMap& each = call.maps[i];
+        gemm({each.y + t * each.y_row, each.y_row, 1, each.weight, each.in, 1,
+              each.grad_x + t * each.grad_x_row, each.grad_x_row, rows, each.in, each.out, each.adds != 0},
+             workspace);
+      }
+      return;
     }
   });
 }
@@ -95,10 +97,7 @@ static void train_linear_backward(Worker& worker, void* argument) {
 static void add_rows_of_tokens(const float* rows, const int64_t* back, int64_t k, int64_t dim, float* sums,
                                int64_t from, int64_t to) {
   for (int64_t t = from; t < to; ++t)
-    for (int64_t i = 0; i < k; ++i) {
-      const float* row = rows + back[t * k + i] * dim;
-      map(sums + t * dim, sums + t * dim, dim, [&](Vec v, int64_t at) { return v + load_at(row, at, dim); });
-    }
+    for (int64_t i = 0; i < k; ++i) add_floats(rows + back[t * k + i] * dim, dim, sums + t * dim);
 }
 
 static int64_t experts_floats(const ExpertsTraining& a) {
@@ -110,7 +109,7 @@ static void train_experts_forward(Worker& worker, void* argument) {
   const auto& a = *static_cast<const ExpertsTraining*>(argument);
   float* workspace = training_workspace(experts_floats(a));
   float* hidden = workspace + kGemmFloats;
-  const int64_t chunks = parts_of(a.tokens, kLinearRows);
+  const int64_t chunks = parts_of(a.tokens, kTrainingExpertRows);
   worker.units(a.experts + chunks, [&](int64_t unit) {
     if (unit < a.experts) {
       const float *w13 = a.w13 + unit * 2 * a.inter * a.dim, *w2 = a.w2 + unit * a.dim * a.inter;
@@ -123,22 +122,20 @@ static void train_experts_forward(Worker& worker, void* argument) {
       }
       return;
     }
-    int64_t most;
-    const int64_t first = part_from(unit - a.experts, kLinearRows, a.tokens, &most);
-    for (int64_t t = first, end = first + most; t < end; t += kTrainingExpertRows) {
-      const int64_t rows = end - t < kTrainingExpertRows ? end - t : kTrainingExpertRows, half = a.shared_inter, width = 2 * half;
-      float* inner = a.shared_inner + t * width;
-      const float* in = a.x + t * a.dim;
-      gemm({in, a.dim, 1, a.shared_w1, 1, a.dim, inner, width, rows, half, a.dim, false}, workspace);
-      gemm({in, a.dim, 1, a.shared_w3, 1, a.dim, inner + half, width, rows, half, a.dim, false}, workspace);
-      train_swiglu_forward(inner, inner + half, width, nullptr, a.limit, hidden, half, 0, rows);
-      gemm({hidden, half, 1, a.shared_w2, 1, half, a.y + t * a.dim, a.dim, rows, a.dim, half, false}, workspace);
-    }
+    const int64_t half = a.shared_inter, width = 2 * half;
+    int64_t rows;
+    const int64_t t = part_from(unit - a.experts, kTrainingExpertRows, a.tokens, &rows);
+    float* inner = a.shared_inner + t * width;
+    const float* in = a.x + t * a.dim;
+    gemm({in, a.dim, 1, a.shared_w1, 1, a.dim, inner, width, rows, half, a.dim, false}, workspace);
+    gemm({in, a.dim, 1, a.shared_w3, 1, a.dim, inner + half, width, rows, half, a.dim, false}, workspace);
+    train_swiglu_forward(inner, inner + half, width, nullptr, a.limit, hidden, half, 0, rows);
+    gemm({hidden, half, 1, a.shared_w2, 1, half, a.y + t * a.dim, a.dim, rows, a.dim, half, false}, workspace);
   });
   worker.barrier();
   worker.units(chunks, [&](int64_t unit) {
     int64_t count;
-    const int64_t t = part_from(unit, kLinearRows, a.tokens, &count);
+    const int64_t t = part_from(unit, kTrainingExpertRows, a.tokens, &count);
     add_rows_of_tokens(a.outs, a.back, a.k, a.dim, a.y, t, t + count);
   });
 }
@@ -147,7 +144,7 @@ static void train_experts_backward(Worker& worker, void* argument) {
   const auto& a = *static_cast<const ExpertsTraining*>(argument);
   float* workspace = training_workspace(experts_floats(a));
   float* rest = workspace + kGemmFloats;
-  const int64_t chunks = parts_of(a.tokens, kLinearRows);
+  const int64_t chunks = parts_of(a.tokens, kTrainingExpertRows);
   worker.units(a.experts + chunks, [&](int64_t unit) {
     if (unit < a.experts) {
       const int64_t width = 2 * a.inter;
@@ -175,26 +172,24 @@ static void train_experts_backward(Worker& worker, void* argument) {
       }
       return;
     }
-    int64_t most;
-    const int64_t first = part_from(unit - a.experts, kLinearRows, a.tokens, &most);
-    for (int64_t t = first, end = first + most; t < end; t += kTrainingExpertRows) {
-      const int64_t rows = end - t < kTrainingExpertRows ? end - t : kTrainingExpertRows, half = a.shared_inter, width = 2 * half;
-      const float* inner = a.shared_inner + t * width;
-      float *hidden = a.shared_hidden + t * half, *grad_inner = a.shared_grad_inner + t * width;
-      gemm({a.grad + t * a.dim, a.dim, 1, a.shared_w2, half, 1, rest, half, rows, half, a.dim, false}, workspace);
-      train_swiglu_backward(inner, inner + half, width, nullptr, a.limit, rest, grad_inner, grad_inner + half, width,
-                            hidden, nullptr, half, 0, rows);
-      float* to = a.y + t * a.dim;
-      gemm({grad_inner, width, 1, a.shared_w1, a.dim, 1, to, a.dim, rows, a.dim, half, false}, workspace);
-      gemm({grad_inner + half, width, 1, a.shared_w3, a.dim, 1, to, a.dim, rows, a.dim, half, true}, workspace);
-    }
+    const int64_t half = a.shared_inter, width = 2 * half;
+    int64_t rows;
+    const int64_t t = part_from(unit - a.experts, kTrainingExpertRows, a.tokens, &rows);
+    const float* inner = a.shared_inner + t * width;
+    float *hidden = a.shared_hidden + t * half, *grad_inner = a.shared_grad_inner + t * width;
+    gemm({a.grad + t * a.dim, a.dim, 1, a.shared_w2, half, 1, rest, half, rows, half, a.dim, false}, workspace);
+    train_swiglu_backward(inner, inner + half, width, nullptr, a.limit, rest, grad_inner, grad_inner + half, width,
+                          hidden, nullptr, half, 0, rows);
+    float* to = a.y + t * a.dim;
+    gemm({grad_inner, width, 1, a.shared_w1, a.dim, 1, to, a.dim, rows, a.dim, half, false}, workspace);
+    gemm({grad_inner + half, width, 1, a.shared_w3, a.dim, 1, to, a.dim, rows, a.dim, half, true}, workspace);
   });
   worker.barrier();
   const int64_t half = a.shared_inter;
   const WeightGrad grads[] = {
+      {a.grad, a.dim, a.shared_hidden, half, a.grad_shared_w2, a.dim, half, a.tokens},
       {a.shared_grad_inner, 2 * half, a.x, a.dim, a.grad_shared_w1, half, a.dim, a.tokens},
-      {a.shared_grad_inner + half, 2 * half, a.x, a.dim, a.grad_shared_w3, half, a.dim, a.tokens},
-      {a.grad, a.dim, a.shared_hidden, half, a.grad_shared_w2, a.dim, half, a.tokens}};
+      {a.shared_grad_inner + half, 2 * half, a.x, a.dim, a.grad_shared_w3, half, a.dim, a.tokens}};
   const int64_t units = grads[0].units() + grads[1].units() + grads[2].units();
   worker.units(units + chunks, [&](int64_t unit) {
     for (const WeightGrad& grad : grads) {
@@ -202,7 +197,9 @@ static void train_experts_backward(Worker& worker, void* argument) {
       unit -= grad.units();
     }
     int64_t count;
-    const int64_t t = part_from(unit, kLinearRows, a.tokens, &count);
+    const int64_t t = part_from(unit, kTrainingExpertRows, a.tokens, &count);
     add_rows_of_tokens(a.outs, a.back, a.k, a.dim, a.y, t, t + count);
+    for (int64_t pair = t * a.k; pair < (t + count) * a.k; ++pair)
+      a.grad_weights[pair] = a.grad_row_weights[a.back[pair]];
   });
 }

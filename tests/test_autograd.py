@@ -117,7 +117,7 @@ def test_attention_matches_the_definition(steps: int, window: int, ratio: int, b
 def test_raw_attention_matches_the_definition(
     steps: int, window: int, ratio: int, heads: int, dim: int, rope: int, kernels: str
 ) -> None:
-    """From raw queries to rotated-back outputs, with the tokens of 2 sequences in 1 range and cut across them."""
+    """From raw queries to rotated-back outputs, in spans of one chunk, of several, and of whole sequences."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, steps, heads, dim), (2, steps, dim), (heads,)]
     if ratio:
@@ -139,10 +139,11 @@ def test_raw_attention_matches_the_definition(
         return
     assert_same(ours, plain, inputs, False)
     whole = derive(ours, inputs, False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_kernels, "parts", lambda *_: 3)
-        for a, b in zip(derive(ours, inputs, False), whole, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
+    for span in (256, steps):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_native, "_span", lambda *_, span=span: span)
+            for a, b in zip(derive(ours, inputs, False), whole, strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("dim", [40, 64, 7])
@@ -356,27 +357,31 @@ def test_grouped_linear_matches_the_definition(
 @pytest.mark.parametrize("limit", [0.5, 10.0])
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "dim", "inter", "shared"),
-    [(1, 3, 2, 8, 5, 6), (50, 7, 3, 24, 20, 20), (700, 5, 1, 64, 32, 48), (300, 3, 2, 270, 130, 33)],
+    [(1, 3, 2, 8, 5, 6), (50, 7, 3, 24, 20, 20), (700, 5, 2, 64, 32, 48), (300, 3, 2, 270, 130, 33)],
 )
-def test_experts_with_the_shared_one_match_the_definition(
+def test_a_whole_mixture_matches_the_definition(
     tokens: int, n: int, k: int, dim: int, inter: int, shared: int, limit: float, kernels: str
 ) -> None:
-    """Expert 0 gets no token, the last one more than go through it together."""
+    """Router, experts and the shared one. Expert 0 gets no token, the last one more than go through it together."""
     generator = torch.Generator().manual_seed(0)
     experts = torch.stack([1 + torch.randperm(n - 1, generator=generator)[:k] for _ in range(tokens)])
     experts[:, 0] = torch.where((experts != n - 1).all(1), n - 1, experts[:, 0])
-    shapes = (tokens, dim), (tokens, k), (n, 2 * inter, dim), (n, dim, inter)
+    shapes = (tokens, dim), (n, dim), (n, 2 * inter, dim), (n, dim, inter)
     tensors = [0.3 * torch.randn(s, generator=generator) for s in (*shapes, *2 * ((shared, dim),), (dim, shared))]
     if kernels == "plain":
-        assert not moe_native.usable(tensors[0], *tensors[2:])
+        assert not moe_native.usable(*tensors)
         return
+    router = moe_native.Router(k, 1.5, None, experts)
 
-    def ours(x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *own: Tensor) -> Tensor:
-        return moe_native.experts_with_shared(x, experts, weights, w13, w2, (own[0], own[1], own[2]), limit)
+    def ours(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, *own: Tensor) -> Tensor:
+        out, chosen = moe_native.mixture(x, gate, router, w13, w2, (own[0], own[1], own[2]), limit)
+        assert torch.equal(chosen, experts)
+        return out
 
-    def plain(x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *own: Tensor) -> Tensor:
+    def plain(x: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, *own: Tensor) -> Tensor:
         of_shared = moe.swiglu(x @ own[0].t(), x @ own[1].t(), limit) @ own[2].t()
-        return moe.grouped_experts(x, experts, weights, w13, w2, limit) + of_shared
+        chosen, weights = moe.route(torch.nn.functional.softplus(x @ gate.t()).sqrt(), *router)
+        return moe.grouped_experts(x, chosen, weights, w13, w2, limit) + of_shared
 
     assert_same(ours, plain, tensors, False)
     assert_one_thread_gives_the_same(ours, tensors)

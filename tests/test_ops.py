@@ -16,6 +16,7 @@ from upwell.model import KVCache, Step
 from upwell.model.cache import Tail
 from upwell.model.compressor import Compressor
 from upwell.model.hyper_connections import HyperConnection, settled
+from upwell.model.layers import RMSNorm
 from upwell.ops import attention, indexer
 from upwell.ops import hyper_connections as hc
 from upwell.ops.compress import overlap_windows, pool_windows
@@ -110,9 +111,11 @@ def test_sinkhorn_is_the_literal_iteration_and_doubly_stochastic(rand: Callable[
 
 
 def literal_hyper_connection(
-    x: Tensor, sublayer: Callable[[Tensor], Tensor], fn: Tensor, base: Tensor, scale: Tensor, iterations: int
-) -> tuple[Tensor, Tensor]:
-    """Section 2.2 in the precision of its arguments: the sublayer's input [T, D], and the next streams [T, h, D]."""
+    x: Tensor, sublayer: Callable[[Tensor], Tensor], fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Section 2.2 in the precision of its arguments: the sublayer's normed input [T, D], and the next streams
+    [T, h, D]."""
     h = x.shape[1]
     f = x.flatten(1)
     z = f @ fn.t() / (f.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
@@ -124,6 +127,7 @@ def literal_hyper_connection(
         c = c / (c.sum(dim=-1, keepdim=True) + 1e-6)
         c = c / (c.sum(dim=-2, keepdim=True) + 1e-6)
     u = torch.stack([sum(pre[t, i] * x[t, i] for i in range(h)) for t in range(len(x))])
+    u = u / (u.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * norm
     y = sublayer(u)
     return u, torch.einsum("tj,td->tjd", post, y) + torch.einsum("tij,tid->tjd", c, x)
 
@@ -136,14 +140,15 @@ def test_hyper_connection_and_its_gradients(
     """Two sublayers, one after the other, by whichever kernels are built here (training has C++ ones, which cross from
     one to the next in one node) against autograd in double precision."""
     config = replace(ModelConfig.preset("v4-flash"), hidden_size=dim, hc_mult=h)
-    module = HyperConnection(config)
+    module, norm = HyperConnection(config), RMSNorm(dim, config.rms_norm_eps)
     weight = rand(dim, dim) * 0.3
     with torch.no_grad():
         module.fn.copy_(rand(*module.fn.shape) * (h * dim) ** -0.5 * 2)
         module.base.copy_(rand(*module.base.shape))
         module.scale.copy_(1 + rand(3) * 0.3)
-    streams = rand(tokens, h, dim).requires_grad_()
-    doubles = [p.detach().double().requires_grad_() for p in (streams, module.fn, module.base, module.scale)]
+        norm.weight.copy_(1 + rand(dim) * 0.3)
+    singles = [rand(tokens, h, dim).requires_grad_(), module.fn, module.base, module.scale, norm.weight]
+    streams, doubles = singles[0], [p.detach().double().requires_grad_() for p in singles]
     u64, out64 = torch.zeros(tokens, dim), doubles[0]
     for _ in range(2):
         entered, out64 = literal_hyper_connection(
@@ -151,9 +156,9 @@ def test_hyper_connection_and_its_gradients(
         )
         u64 = u64 + entered
     with torch.set_grad_enabled(grad):
-        first, passed, post, comb = module.enter(streams)
+        first, passed, post, comb = module.enter(streams, norm)
         between = module.leave(passed, torch.tanh(first @ weight.t()), post, comb)
-        second, passed, post, comb = module.enter(between)
+        second, passed, post, comb = module.enter(between, norm)
         u, out = first + second, settled(module.leave(passed, torch.tanh(second @ weight.t()), post, comb))
     close(u.detach(), u64.detach())
     close(out.detach(), out64.detach())
@@ -163,7 +168,7 @@ def test_hyper_connection_and_its_gradients(
     ((u * toward_u).sum() + (out * toward_out).sum()).backward()
     ((u64 * toward_u).sum() + (out64 * toward_out).sum()).backward()
     for name, ours, expected in zip(
-        ("streams", "fn", "base", "scale"), (streams, module.fn, module.base, module.scale), doubles, strict=True
+        ("streams", "fn", "base", "scale", "norm"), singles, doubles, strict=True
     ):
         assert ours.grad is not None and expected.grad is not None
         error = (ours.grad.double() - expected.grad).abs().max() / expected.grad.abs().max()

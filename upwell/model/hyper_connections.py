@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from upwell.config import ModelConfig
+from upwell.model.layers import RMSNorm
 from upwell.ops import hc_autograd
 from upwell.ops import hyper_connections as hc
 from upwell.ops.hc_autograd import Leaving
@@ -30,15 +31,16 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         self.iterations, self.eps, self.norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
-    def enter(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """streams [T, h, D] -> the sublayer's input [T, D]; and for `leave`, streams, post [T, h], comb [T, h, h]."""
-        settings = self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps
+    def enter(self, streams: Streams, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """streams [T, h, D] -> the sublayer's input [T, D], normed; and for `leave`, streams, post [T, h], comb
+        [T, h, h]."""
+        parameters, settings = (self.fn, self.base, self.scale), (self.iterations, self.eps, self.norm_eps)
         if isinstance(streams, Leaving):
-            return streams.enter(*settings)
+            return streams.enter((*parameters, norm.weight), (*settings, norm.eps))
         if torch.is_grad_enabled() and hc_autograd.usable(streams):
-            return hc_autograd.enter(streams, *settings)
-        x, post, comb = hc.enter(streams, *settings)
-        return x, streams, post, comb
+            return hc_autograd.enter(streams, (*parameters, norm.weight), (*settings, norm.eps))
+        x, post, comb = hc.enter(streams, *parameters, *settings)
+        return norm(x), streams, post, comb
 
     @staticmethod
     def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Streams:

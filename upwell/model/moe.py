@@ -31,10 +31,15 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [T, D], input_ids [T] (hash layers alone need them) -> experts [T, k], weights [T, k] FP32."""
-        experts = self.tid2eid[input_ids] if self.tid2eid is not None else None
+        router = self.router(input_ids)
         if linear_autograd.usable(x, self.weight):
-            return routing_native.route(linear(x, self.weight), self.k, self.scaling, self.bias, experts)
-        return route(router_scores(x, self.weight), self.k, self.scaling, self.bias, experts)
+            return routing_native.route(linear(x, self.weight), *router)
+        return route(router_scores(x, self.weight), *router)
+
+    def router(self, input_ids: Tensor | None) -> moe_native.Router:
+        """How experts are chosen, for moe_native."""
+        given = self.tid2eid[input_ids] if self.tid2eid is not None else None
+        return moe_native.Router(self.k, self.scaling, self.bias, given)
 
 
 class Experts(nn.Module):
@@ -150,11 +155,15 @@ class MoE(nn.Module):
         self.load: Tensor | None = None  # [E] INT64: tokens that chose each expert, counted on where given
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
-        experts, weights = self.gate(x, input_ids)
+        gate, routed, shared = self.gate, self.experts, self.shared_experts
+        dense = routed.w13, routed.w2, shared.w1.weight, shared.w3.weight, shared.w2.weight
+        if routed.is_dense and routed.limit == shared.limit and moe_native.usable(x, gate.weight, *dense):
+            out, experts = moe_native.mixture(
+                x, gate.weight, gate.router(input_ids), *dense[:2], dense[2:], routed.limit
+            )
+        else:
+            experts, weights = gate(x, input_ids)
+            out = routed(x, experts, weights) + shared(x)
         if self.load is not None:
             self.load += torch.bincount(experts.flatten(), minlength=self.load.numel())
-        routed, shared = self.experts, self.shared_experts
-        dense = routed.w13, routed.w2, shared.w1.weight, shared.w3.weight, shared.w2.weight
-        if routed.is_dense and routed.limit == shared.limit and moe_native.usable(x, *dense):
-            return moe_native.experts_with_shared(x, experts, weights, *dense[:2], dense[2:], routed.limit)
-        return self.experts(x, experts, weights) + self.shared_experts(x)
+        return out

@@ -170,6 +170,6 @@ def expect_choice(pages: Pages, layer: int, block: Any, streams: Tensor) -> None
     """What a learned layer's router would choose on the streams [T, h, D] as they are before its attention. On another
     device that is a wait for the layer before, which computing experts on the host is too."""
     if block.ffn.gate.tid2eid is None:
-        x, *_ = block.hc_ffn.enter(streams)
-        chosen, _ = block.ffn.gate(block.ffn_norm(x), None)
+        x, *_ = block.hc_ffn.enter(streams, block.ffn_norm)
+        chosen, _ = block.ffn.gate(x, None)
         pages.expect(layer, set(chosen.flatten().tolist()))

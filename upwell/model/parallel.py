@@ -125,11 +125,11 @@ class _ParallelLayer(Block):
         step: Step | None, share: Share,
     ) -> Tensor:  # fmt: skip
         """streams [t, h, D] and own_ids [t] of the own tokens; input_ids [B, S] and rope of all."""
-        x, streams, post, comb = self.hc_attn.enter(streams)
-        x = share.gather(self.attn_norm(x)).view(*input_ids.shape, -1)
+        x, streams, post, comb = self.hc_attn.enter(streams, self.attn_norm)
+        x = share.gather(x).view(*input_ids.shape, -1)
         y = share.reduce(self.attn(x, rope, cache, step).flatten(0, 1), self.ranks.heads)
-        x, streams, post, comb = self.hc_ffn.enter(self.hc_attn.leave(streams, y, post, comb))
-        return settled(self.hc_ffn.leave(streams, self.ffn(self.ffn_norm(x), own_ids, share), post, comb))
+        x, streams, post, comb = self.hc_ffn.enter(self.hc_attn.leave(streams, y, post, comb), self.ffn_norm)
+        return settled(self.hc_ffn.leave(streams, self.ffn(x, own_ids, share), post, comb))
 
 
 class ParallelBlock(_ParallelLayer):

@@ -40,11 +40,11 @@ class Block(nn.Module):
         self, streams: Streams, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
     ) -> Streams:
         """streams [B*S, h, D], input_ids [B, S] -> streams."""
-        x, past, post, comb = self.hc_attn.enter(streams)
-        x = self.attn_norm(x).view(*input_ids.shape, -1)
-        streams = self.hc_attn.leave(past, self.attn(x, rope, cache, step).flatten(0, 1), post, comb)
-        x, past, post, comb = self.hc_ffn.enter(streams)
-        return self.hc_ffn.leave(past, self.ffn(self.ffn_norm(x), input_ids.flatten()), post, comb)
+        x, past, post, comb = self.hc_attn.enter(streams, self.attn_norm)
+        out = self.attn(x.view(*input_ids.shape, -1), rope, cache, step).flatten(0, 1)
+        streams = self.hc_attn.leave(past, out, post, comb)
+        x, past, post, comb = self.hc_ffn.enter(streams, self.ffn_norm)
+        return self.hc_ffn.leave(past, self.ffn(x, input_ids.flatten()), post, comb)
 
 
 class MTPBlock(Block):

@@ -16,15 +16,20 @@ from torch.autograd.function import once_differentiable
 
 from upwell.ops import gradients, training_kernels
 
+_CHUNK = 128  # the least of AttentionTiling's in csrc/training.h
+_UNITS = 16  # of work for each thread
+
 
 class _Call(ctypes.Structure):
     """AttentionTraining of csrc/training.h."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("steps", "heads", "dim", "rope", "window", "ratio", "entries")),
+        *((name, c_int64) for name in (
+            "batch", "steps", "heads", "dim", "rope", "window", "ratio", "entries", "span")),
         ("eps", c_double),
         *((name, c_void_p) for name in (
-            "q", "kv", "entry_kv", "sink", "cos", "sin", "out", "log_sum", "grad", "grad_q")),
+            "q", "kv", "entry_kv", "sink", "cos", "sin", "out", "log_sum", "grad", "grad_q", "grad_kv",
+            "grad_entries", "grad_sink", "shared")),
     ]  # fmt: skip
 
 
@@ -35,15 +40,23 @@ def usable(q: Tensor, kv: Tensor, entries: Tensor | None) -> bool:
 
 
 def _call(
-    tensors: tuple[Tensor | None, ...], out: Tensor, log_sum: Tensor, settings: tuple[int, int, float],
-    grad: Tensor | None = None, grad_q: Tensor | None = None,
+    tensors: tuple[Tensor | None, ...], out: Tensor, log_sum: Tensor, settings: tuple[int, int, float], span: int,
+    *backward: Tensor | None,
 ) -> _Call:  # fmt: skip
     q, entries, cos = tensors[0], tensors[2], tensors[4]
     assert q is not None and cos is not None
     window, ratio, eps = settings
     count = 0 if entries is None else entries.shape[1]
-    addresses = [None if t is None else t.data_ptr() for t in (*tensors, out, log_sum, grad, grad_q)]
-    return _Call(*q.shape[1:], 2 * cos.shape[-1], window, ratio if count else 0, count, eps, *addresses)
+    addresses = [None if t is None else t.data_ptr() for t in (*tensors, out, log_sum, *backward)]
+    return _Call(*q.shape, 2 * cos.shape[-1], window, ratio if count else 0, count, span, eps, *addresses)
+
+
+def _span(q: Tensor, window: int) -> int:
+    """Tokens of a unit of work: whole chunks, as many units as keep all threads busy to the end."""
+    batch, steps, chunk = q.shape[0], q.shape[1], max(window, _CHUNK)
+    chunks = -(-steps // chunk)
+    units = min(chunks, -(-_UNITS * torch.get_num_threads() // batch))  # of a sequence
+    return chunk * -(-chunks // units)
 
 
 class _AttendRaw(torch.autograd.Function):
@@ -55,7 +68,8 @@ class _AttendRaw(torch.autograd.Function):
         tensors = tuple(t if t is None else t.contiguous() for t in (q, kv, entries, sink, cos, sin))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         log_sum = q.new_empty(q.shape[:3])
-        training_kernels.run("attention_forward", q.shape[0] * q.shape[1], _call(tensors, out, log_sum, settings))
+        span = _span(q, settings[0])
+        training_kernels.run_whole("attention_forward", _call(tensors, out, log_sum, settings, span))
         ctx.save_for_backward(*tensors, out, log_sum)
         ctx.settings = settings
         return out
@@ -65,21 +79,13 @@ class _AttendRaw(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         *tensors, out, log_sum = ctx.saved_tensors
         q, kv, entries, sink = tensors[:4]
-        grad, grad_q = grad.contiguous(), torch.empty_like(q)
-        call = _call(tuple(tensors), out, log_sum, ctx.settings, grad, grad_q)
-        batch, rows = q.shape[0], q.shape[0] * q.shape[1]
-        keys = kv.numel(), 0 if entries is None else entries.numel()
-        if batch >= training_kernels.parts(rows, 2):  # a part is a sequence, whose keys are its own
-            grad_kv, grad_entries = (kv.new_zeros(n) for n in keys)
-            (grad_sink,) = training_kernels.run(
-                "attention_backward", rows, call, grad_kv, grad_entries, sums=(sink.numel(),), count=batch
-            )
-        else:
-            grad_kv, grad_entries, grad_sink = training_kernels.run(
-                "attention_backward", rows, call, sums=(*keys, sink.numel()), count=training_kernels.parts(rows, 1)
-            )
-        of_entries = None if entries is None else grad_entries.view_as(entries)
-        return grad_q, grad_kv.view_as(kv), of_entries, grad_sink, None, None, None
+        window, span = ctx.settings[0], _span(q, ctx.settings[0])
+        grads = [t if t is None else torch.empty_like(t) for t in (q, kv, entries, sink)]
+        own = (window - 1 + (0 if entries is None else entries.shape[1])) * q.shape[-1] + sink.numel()
+        shared = q.new_empty(q.shape[0] * -(-q.shape[1] // span), own)
+        call = _call(tuple(tensors), out, log_sum, ctx.settings, span, grad.contiguous(), *grads, shared)
+        training_kernels.run_whole("attention_backward", call)
+        return *grads, None, None, None
 
 
 def attend_raw(

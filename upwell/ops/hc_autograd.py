@@ -1,11 +1,13 @@
 """mHC with gradients through the C++ kernels (csrc/training_streams.h): FP32, CPU. Same functions as hyper_connections.
 
-`enter` is mix and collapse in one, its product with fn included; `leave` is expand. Used in training, where plain
-PyTorch's Sinkhorn steps and 4 x 4 batched products would be most of the time.
+`enter` is mix, collapse and the sublayer's norm in one, the product with fn included; `leave` is expand. Used in
+training, where plain PyTorch's Sinkhorn steps and 4 x 4 batched products would be most of the time.
 """
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,48 +25,6 @@ _LINE = 16  # kTrainingLine
 def usable(streams: Tensor) -> bool:
     """The kernels are built and the tensor [T, h, D] is one that they take."""
     return streams.shape[1] <= _MAX_STREAMS and training_kernels.usable(streams)
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens, h, dim = x.shape
-        x, fn = x.contiguous(), fn.contiguous()
-        dots, u, post, comb, inverse_rms = made = _made_on_entering(x, fn)
-        training_kernels.run(
-            "enter_forward", tokens, h, x, fn, _turned(fn), base, scale, *made, dim, iterations, eps, norm_eps
-        )
-        ctx.save_for_backward(x, fn, base, scale, dots, inverse_rms)
-        ctx.iterations, ctx.eps = iterations, eps
-        return u, x, post, comb
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_u: Tensor, grad_past: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        x, fn, base = saved[:3]
-        tokens, h, dim = x.shape
-        grads = [g.contiguous() for g in (grad_u, grad_post, grad_comb, grad_past)]
-        grad_x = torch.empty_like(x)
-        grad_fn, grad_base, grad_scale = training_kernels.run(
-            "enter_backward", tokens, h, *saved, *grads, grad_x, dim, ctx.iterations, ctx.eps,
-            sums=(fn.numel(), base.numel(), 3),
-        )  # fmt: skip
-        return grad_x, grad_fn.view_as(fn), grad_base, grad_scale, None, None, None
-
-
-def _turned(fn: Tensor) -> Tensor:
-    """fn [n, hD] transposed, with n up to whole lines."""
-    return F.pad(fn, (0, 0, 0, -fn.shape[0] % _LINE)).t().contiguous()
-
-
-def _made_on_entering(x: Tensor, fn: Tensor) -> tuple[Tensor, ...]:
-    """Room for dots [T, n], u [T, D], post [T, h], comb [T, h, h] and inverse_rms [T]."""
-    tokens, h, dim = x.shape
-    shapes = (tokens, fn.shape[0]), (tokens, dim), (tokens, h), (tokens, h, h), (tokens,)
-    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 class _Leave(torch.autograd.Function):
@@ -88,38 +48,72 @@ class _Leave(torch.autograd.Function):
         return grads
 
 
+class _Call(ctypes.Structure):
+    """StreamsTraining of csrc/training.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("streams", "dim", "iterations")),
+        *((name, c_float) for name in ("eps", "rms_eps", "norm_eps")),
+        *((name, c_void_p) for name in (
+            "x", "y", "post", "comb", "out", "fn", "turned", "base", "scale", "dots", "u", "next_post", "next_comb",
+            "inverse_rms", "norm", "normed", "norm_scale", "grad", "grad_next_post", "grad_next_comb", "grad_past",
+            "grad_x", "grad_y", "grad_post", "grad_comb")),
+    ]  # fmt: skip
+
+
+Parameters = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""What streams enter a sublayer by: fn [(2+h)h, hD], base [(2+h)h], scale [3], and the norm's weight [D], if any."""
+Settings = tuple[int, float, float, float]
+"""Sinkhorn's iterations and epsilon; the epsilons of the streams' norm and of the input's."""
+
+
+def _call(settings: Settings, out: Tensor, **tensors: Tensor | None) -> _Call:
+    iterations, *epsilons = settings
+    addresses = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+    return _Call(*out.shape[1:], iterations, *epsilons, out=out.data_ptr(), **addresses)
+
+
 class _Cross(torch.autograd.Function):
-    """_Leave, then _Enter of the next sublayer, a few tokens at a time: what is between them stays in the cache."""
+    """_Leave (unless y is None), then the way into the next sublayer through its norm, a few tokens at a time: what is
+    between them stays in the cache."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
-        iterations: int, eps: float, norm_eps: float,
+        ctx: Any, x: Tensor, y: Tensor | None, post: Tensor | None, comb: Tensor | None, fn: Tensor, base: Tensor,
+        scale: Tensor, norm: Tensor | None, settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         tokens, h, dim = x.shape
-        left, fn = tuple(t.contiguous() for t in (x, y, post, comb)), fn.contiguous()
-        out = torch.empty_like(left[0])
-        dots, u, next_post, next_comb, inverse_rms = made = _made_on_entering(out, fn)
-        training_kernels.run(
-            "cross_forward", tokens, h, *left, out, fn, _turned(fn), base, scale, *made, dim, iterations, eps, norm_eps
-        )
-        ctx.save_for_backward(*left, out, fn, base, scale, dots, inverse_rms)
-        ctx.iterations, ctx.eps = iterations, eps
-        return u, out, next_post, next_comb
+        x, fn = x.contiguous(), fn.contiguous()
+        y, post, comb = (t if t is None else t.contiguous() for t in (y, post, comb))
+        out = x if y is None else torch.empty_like(x)
+        turned = F.pad(fn, (0, 0, 0, -fn.shape[0] % _LINE)).t().contiguous()  # n up to whole lines
+        shapes = (tokens, fn.shape[0]), (tokens, dim), (tokens, h), (tokens, h, h), (tokens,)
+        dots, u, next_post, next_comb, inverse_rms = (x.new_empty(shape) for shape in shapes)
+        normed, norm_scale = (None, None) if norm is None else (torch.empty_like(u), torch.empty_like(inverse_rms))
+        training_kernels.run("cross_forward", tokens, _call(
+            settings, out, x=x, y=y, post=post, comb=comb, fn=fn, turned=turned, base=base, scale=scale, dots=dots,
+            u=u, next_post=next_post, next_comb=next_comb, inverse_rms=inverse_rms, norm=norm, normed=normed,
+            norm_scale=norm_scale,
+        ))  # fmt: skip
+        ctx.save_for_backward(x, y, post, comb, out, fn, base, scale, norm, dots, u, inverse_rms, norm_scale)
+        ctx.settings = settings
+        return u if normed is None else normed, out, next_post, next_comb
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_u: Tensor, grad_past: Tensor, grad_post: Tensor, grad_comb: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        fn, base = saved[5:7]
-        tokens, h, dim = saved[0].shape
-        incoming = [g.contiguous() for g in (grad_u, grad_post, grad_comb, grad_past)]
-        grads = tuple(torch.empty_like(t) for t in saved[:4])
-        grad_fn, grad_base, grad_scale = training_kernels.run(
-            "cross_backward", tokens, h, *saved, *incoming, *grads, dim, ctx.iterations, ctx.eps,
-            sums=(fn.numel(), base.numel(), 3),
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        *left, out, fn, base, scale, norm, dots, u, inverse_rms, norm_scale = ctx.saved_tensors
+        grad, grad_past, grad_next_post, grad_next_comb = (g.contiguous() for g in grads)
+        made = [t if t is None else torch.empty_like(t) for t in left]
+        call = _call(
+            ctx.settings, out, **dict(zip(("x", "y", "post", "comb"), left, strict=True)), fn=fn, base=base,
+            scale=scale, dots=dots, u=u, inverse_rms=inverse_rms, norm=norm, norm_scale=norm_scale, grad=grad,
+            grad_next_post=grad_next_post, grad_next_comb=grad_next_comb, grad_past=grad_past,
+            **dict(zip(("grad_x", "grad_y", "grad_post", "grad_comb"), made, strict=True)),
         )  # fmt: skip
-        return *grads, grad_fn.view_as(fn), grad_base, grad_scale, None, None, None
+        sums = fn.numel(), base.numel(), 3, 0 if norm is None else norm.numel()
+        of_fn, *others, of_norm = training_kernels.run("cross_backward", out.shape[0], call, sums=sums)
+        return *made, of_fn.view_as(fn), *others, None if norm is None else of_norm, None
 
 
 @dataclass(frozen=True)
@@ -135,24 +129,21 @@ class Leaving:
         """The next streams [T, h, D]."""
         return leave(self.streams, self.output, self.post, self.comb)
 
-    def enter(
-        self, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def enter(self, parameters: Parameters, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`enter` of the next streams, in one node with `leave`."""
-        out: tuple[Tensor, Tensor, Tensor, Tensor] = _Cross.apply(
-            self.streams, self.output.float(), self.post, self.comb, fn, base, scale, iterations, eps, norm_eps
-        )
+        left = self.streams, self.output.float(), self.post, self.comb
+        out: tuple[Tensor, Tensor, Tensor, Tensor] = _Cross.apply(*left, *parameters, settings)
         return out
 
 
 def enter(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+    streams: Tensor, parameters: Parameters, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """streams [T, h, D] -> input [T, D], the streams for `leave`, post [T, h], comb [T, h, h].
+    """streams [T, h, D] -> normed input [T, D], the streams for `leave`, post [T, h], comb [T, h, h].
 
     The streams go through, so that their gradient past the sublayer is added where the one through it is made.
     """
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = _Enter.apply(streams, fn, base, scale, iterations, eps, norm_eps)
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _Cross.apply(streams, None, None, None, *parameters, settings)
     return out
 
 
@@ -162,11 +153,11 @@ def leave(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor
     return out
 
 
-def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
     """The final head's `head_mix` and `collapse`: streams [T, h, D], fn [h, hD], base [h], scale [1] -> [T, D].
 
-    It is `enter` with a way out that nobody takes.
+    It is `enter` without a norm, with a way out that nobody takes.
     """
     spare = fn.shape[0] * (1 + streams.shape[1])
     padded = F.pad(fn, (0, 0, 0, spare)), F.pad(base, (0, spare)), F.pad(scale, (0, 2))
-    return enter(streams, *padded, 1, eps, norm_eps)[0]
+    return enter(streams, (*padded, None), (1, eps, rms_eps, 0.0))[0]

@@ -41,16 +41,34 @@ def _run(name: str, tokens: int, maps: list[_Map]) -> None:
     training_kernels.run_whole(name, _Call(tokens, len(maps), (_Map * len(maps))(*maps)))
 
 
+def forward_to(outs: tuple[Tensor, ...], x: Tensor, weights: tuple[Tensor, ...]) -> None:
+    """outs [..., out_i] = x [..., in] times each weight^T; all contiguous."""
+    dim = x.shape[-1]
+    _run("linear_forward", x.numel() // dim, [
+        _Map(x.data_ptr(), w.data_ptr(), y.data_ptr(), None, None, dim, w.shape[0], dim, w.shape[0], 0, 0)
+        for w, y in zip(weights, outs, strict=True)
+    ])  # fmt: skip
+
+
+def backward_to(
+    grad_x: Tensor | None, grad_weights: list[Tensor | None], grads: tuple[Tensor, ...], x: Tensor,
+    weights: tuple[Tensor, ...], adds: bool = False,
+) -> None:  # fmt: skip
+    """Gradients of x (`adds`: added to what grad_x holds) and of each weight from those of the outs; all contiguous."""
+    dim, first = x.shape[-1], 2 if adds else 0
+    _run("linear_backward", x.numel() // dim, [
+        _Map(x.data_ptr(), w.data_ptr(), g.data_ptr(), None if grad_x is None else grad_x.data_ptr(),
+             None if gw is None else gw.data_ptr(), dim, w.shape[0], dim, w.shape[0], dim, 1 if i else first)
+        for i, (w, g, gw) in enumerate(zip(weights, grads, grad_weights, strict=True))
+    ])  # fmt: skip
+
+
 class _Maps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         x, weights = x.contiguous(), tuple(w.contiguous() for w in weights)
-        dim = x.shape[-1]
         outs = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
-        _run("linear_forward", x.numel() // dim, [
-            _Map(x.data_ptr(), w.data_ptr(), y.data_ptr(), None, None, dim, w.shape[0], dim, w.shape[0], 0, 0)
-            for w, y in zip(weights, outs, strict=True)
-        ])  # fmt: skip
+        forward_to(outs, x, weights)
         ctx.save_for_backward(x, *weights)
         return outs
 
@@ -58,16 +76,10 @@ class _Maps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *weights = ctx.saved_tensors
-        dim = x.shape[-1]
-        grads = tuple(g.contiguous() for g in grads)
         wanted, *of_weights = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if wanted else None
         grad_weights = [torch.empty_like(w) if needed else None for w, needed in zip(weights, of_weights, strict=True)]
-        _run("linear_backward", x.numel() // dim, [
-            _Map(x.data_ptr(), w.data_ptr(), g.data_ptr(), None if grad_x is None else grad_x.data_ptr(),
-                 None if gw is None else gw.data_ptr(), dim, w.shape[0], dim, w.shape[0], dim, int(i > 0))
-            for i, (w, g, gw) in enumerate(zip(weights, grads, grad_weights, strict=True))
-        ])  # fmt: skip
+        backward_to(grad_x, grad_weights, tuple(g.contiguous() for g in grads), x, tuple(weights))
         return grad_x, *grad_weights
 
 

@@ -23,9 +23,29 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _run(name: str, k: int, scaling: float, logits: Tensor, *others: Tensor | None) -> None:
+def _run(name: str, k: int, scaling: float, logits: Tensor | None, *others: Tensor | None) -> None:
     addresses = (None if t is None else t.data_ptr() for t in (logits, *others))
-    training_kernels.run(name, logits.shape[0], _Call(logits.shape[1], k, scaling, *addresses))
+    tokens, experts = others[2].shape  # type: ignore[union-attr]
+    training_kernels.run(name, tokens, _Call(experts, k, scaling, *addresses))
+
+
+def forward(
+    logits: Tensor, k: int, scaling: float, bias: Tensor | None, given: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [T, E], kept for the backward pass, experts and weights [T, k] of logits [T, E]."""
+    given = given if given is None else given.contiguous()
+    scores, weights = torch.empty_like(logits), logits.new_empty(logits.shape[0], k)
+    chosen = torch.empty(weights.shape, dtype=torch.long)
+    _run("routing_forward", k, scaling, logits, bias, given, scores, chosen, weights)
+    return scores, chosen, weights
+
+
+def backward(scores: Tensor, chosen: Tensor, scaling: float, grad: Tensor) -> Tensor:
+    """The gradient of the logits from the weights'."""
+    grad_logits = torch.empty_like(scores)
+    rest = None, None, None, scores, chosen, None, grad, grad_logits
+    _run("routing_backward", chosen.shape[1], scaling, *rest)
+    return grad_logits
 
 
 class _Route(torch.autograd.Function):
@@ -33,10 +53,7 @@ class _Route(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, k: int, scaling: float, bias: Tensor | None, given: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        logits, given = logits.contiguous(), given if given is None else given.contiguous()
-        scores, weights = torch.empty_like(logits), logits.new_empty(logits.shape[0], k)
-        chosen = torch.empty(weights.shape, dtype=torch.long)
-        _run("routing_forward", k, scaling, logits, bias, given, scores, chosen, weights)
+        scores, chosen, weights = forward(logits.contiguous(), k, scaling, bias, given)
         ctx.save_for_backward(scores, chosen)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(chosen)
@@ -46,10 +63,7 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> Any:
         scores, chosen = ctx.saved_tensors
-        grad, grad_logits = grad.contiguous(), torch.empty_like(scores)
-        rest = None, None, scores, chosen, None, grad, grad_logits
-        _run("routing_backward", chosen.shape[1], ctx.scaling, scores, *rest)
-        return grad_logits, None, None, None, None
+        return backward(scores, chosen, ctx.scaling, grad.contiguous()), None, None, None, None
 
 
 def route(

@@ -20,23 +20,17 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
 
 
-def parts(rows: int, each: int = 4) -> int:
-    """How many parts a range of rows is cut into: `each` a thread, so that none waits long for another; none tiny."""
-    return min(each * torch.get_num_threads(), max(1, rows // 128))
+def run(name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = ()) -> list[Tensor]:
+    """upwell_train_<name> over `rows` cut in parts, by one team: the arguments, then sums, rows and how many parts.
 
-
-def run(
-    name: str, rows: int, *arguments: Argument, sums: tuple[int, ...] = (), count: int | None = None
-) -> list[Tensor]:
-    """upwell_train_<name> over `rows` cut in `count` parts, by one team: the arguments, then sums, rows and count.
-
-    `sums`: lengths of FP32 vectors to which the kernel adds; each part has its own, and their totals are returned.
+    `sums`: lengths of FP32 vectors that the kernel makes, each part its own, then their totals, which are returned.
     Tensors are passed by address: they must be contiguous (or have strides among the arguments) and stay alive.
     """
-    count = parts(rows) if count is None else count
-    partial = [torch.zeros(count, n) for n in sums]
-    _call(name, *(_convert(a) for a in (*arguments, *partial, rows, count)))
-    return [part[0] if count == 1 else part.sum(0) for part in partial]
+    # Enough parts that no thread waits long for another; none tiny.
+    count = min((8 if sums else 16) * torch.get_num_threads(), max(1, rows // 128))
+    own, totals = [torch.empty(count * n) for n in sums], [torch.empty(n) for n in sums]
+    _call(name, *(_convert(a) for a in (*arguments, *own, *totals, rows, count)))
+    return totals
 
 
 def run_alone(name: str, *arguments: Argument) -> None:
