@@ -312,11 +312,14 @@ def alone(what: str) -> dict[str, Any]:
     return result
 
 
-def save(directory: Path) -> None:
-    """Our model as a checkpoint, with nano's tokenizer: for `upwell bench serve` and server_load.py."""
+def save(directory: Path, wider: int) -> None:
+    """Our model, its widths times `wider`, as a checkpoint with nano's tokenizer: for `upwell bench serve` and
+    server_load.py."""
     from upwell.checkpoint import save_checkpoint
     from upwell.engine.llm import nano_path
 
+    for name in ("hidden_size", "num_attention_heads", "q_lora_rank", "o_lora_rank", "moe_intermediate_size"):
+        GEOMETRY[name] *= wider
     save_checkpoint(build()[1], directory, quantize=False)
     (directory / "tokenizer.json").write_bytes((nano_path() / "tokenizer.json").read_bytes())
 
@@ -327,6 +330,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", choices=("prefill", "decode", "train"))
     parser.add_argument("--save", type=Path, metavar="DIR", help="only write our model there, with nano's tokenizer")
+    parser.add_argument("--wider", type=int, default=1, metavar="N", help="with --save: N times as wide")
     parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prefill-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -336,7 +340,7 @@ def main() -> None:
         long_prefill() if args.long_prefill else prefill_memory()
         return
     if args.save is not None:
-        save(args.save)
+        save(args.save, args.wider)
         return
 
     import torch

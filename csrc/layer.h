@@ -37,7 +37,7 @@ struct LayerPass {
       for (int kind = 0; kind < 2; ++kind)
         if (used[kind]) angles(position(t), kind ? m.compress_freqs : m.freqs, b.turn[kind] + t * 2 * m.rope);
       for (int64_t i = 0; call.embed != nullptr && i < m.streams; ++i)
-        __builtin_memcpy(stream(t) + i * m.hidden, call.embed + call.ids[t] * m.hidden, sizeof(float) * size_t(m.hidden));
+        __builtin_memcpy(stream(t) + i * m.hidden, call.embed + call.ids[t] * call.embed_stride, sizeof(float) * size_t(m.hidden));
     });
     w.barrier();
   }

@@ -86,7 +86,8 @@ struct Call {
   int64_t sequence_count, tokens, block_tokens;
   const int64_t* ids;
   const float* embed;  // [vocab, D]: streams begin as the tokens' rows of it. Null: they are given
-  float* streams;      // [tokens, h, D], in place
+  int64_t embed_stride;
+  float* streams;  // [tokens, h, D], in place
   float* workspace;
   int64_t workspace_floats;
   int32_t* picks;  // null, or [layers, tokens, topk] for the indexer's selections (tests)

@@ -276,7 +276,7 @@ def _make(model: Transformer) -> Plan | None:
     is_part = c is not model.config
     weight = model.embed.weight
     if (
-        weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.is_contiguous()
+        weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.stride(1) != 1
         or model.numerics != "exact"
         or c.hc_mult > 8 or c.o_groups > 64 or c.qk_rope_head_dim > 512
     ):  # fmt: skip
@@ -408,7 +408,7 @@ def run_layers(
         streams = torch.empty(ids.shape[0], plan.model.streams, plan.model.hidden)
     with plan.lock:
         layers, caches = structs(plan, cache, mtp)
-        table = None if embed is None else embed.data_ptr()
+        table, stride = (None, 0) if embed is None else (embed.data_ptr(), embed.stride(0))
         counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
         for piece in pieces(input_ids, step):
             part, part_ids = streams[piece.rows], ids[piece.rows]
@@ -417,7 +417,7 @@ def run_layers(
                 model, layers = plan.of(piece.tokens, torch.get_num_threads())
             call = native.Call(
                 pointer(model), layers, caches, len(layers), piece.address, piece.count, piece.tokens,
-                BLOCK_TOKENS, part_ids.data_ptr(), table, part.data_ptr(), load=counts,
+                BLOCK_TOKENS, part_ids.data_ptr(), table, stride, part.data_ptr(), load=counts,
             )  # fmt: skip
             run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
             if not isinstance(piece.rows, slice):

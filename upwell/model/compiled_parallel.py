@@ -91,7 +91,7 @@ class _Tokens:
         at, count = (self.piece.address, self.piece.count) if parts == Parts.ATTENTION else (None, 0)
         call = native.Call(
             pointer(self.plan.model), layer, cache, 1, at, count, tokens, BLOCK_TOKENS,
-            self.ids.data_ptr(), None, self.streams.data_ptr(), parts=int(parts), x=x.data_ptr(), y=y.data_ptr(),
+            self.ids.data_ptr(), None, 0, self.streams.data_ptr(), parts=int(parts), x=x.data_ptr(), y=y.data_ptr(),
             post=self.post.data_ptr(), comb=self.comb.data_ptr(), load=None if load is None else load.data_ptr(),
         )  # fmt: skip
         compiled.run(self.plan, call)

@@ -75,7 +75,8 @@ class Call(ctypes.Structure):
     _fields_ = [
         ("model", POINTER(Model)), ("layers", POINTER(Layer)), ("caches", POINTER(LayerCache)),
         ("layer_count", c_int64), ("sequences", c_void_p), ("sequence_count", c_int64), ("tokens", c_int64),
-        ("block_tokens", c_int64), *((name, c_void_p) for name in ("ids", "embed", "streams", "workspace")),
+        ("block_tokens", c_int64), ("ids", c_void_p), ("embed", c_void_p), ("embed_stride", c_int64),
+        ("streams", c_void_p), ("workspace", c_void_p),
         ("workspace_floats", c_int64), ("picks", c_void_p), ("take", TAKE), ("expect", EXPECT),
         ("load", c_void_p), ("parts", c_int64), *((name, c_void_p) for name in ("x", "y", "post", "comb")),
     ]  # fmt: skip
