@@ -237,7 +237,7 @@ def test_the_prompt_budget_holds_the_stretch() -> None:
     step(0)  # prompts alone
     assert budget.tokens(1) == LEAST, "whether decoding takes any time isn't known"
     grown = [step(decoding) for decoding in range(1, 17) for _ in range(4)]
-    assert max(grown) < STRETCH + 1 and min(grown[8:]) > 2, "it never stops for a step to measure"
+    assert max(grown) < STRETCH + 1 and min(grown[8:]) > STRETCH - 1, "it never stops for a step to measure"
     for _ in range(1000):
         step(16, most=0)
     assert budget.tokens(16) == pytest.approx((STRETCH - 1) * alone(16) / 0.0001, rel=0.15), "what prompts take is kept"

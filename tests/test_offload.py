@@ -25,7 +25,7 @@ from upwell.checkpoint.offload import Offload, parse_offload, parse_size
 from upwell.cli import main
 from upwell.config import ModelConfig
 from upwell.errors import CheckpointError, EngineError, InputError
-from upwell.model import Transformer
+from upwell.model import Transformer, compiled
 from upwell.model.offload import HostExperts
 from upwell.ops import native
 
@@ -50,6 +50,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("offload")
     save_checkpoint(model, directory)
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_only() -> Iterator[None]:
+    """As with models of a size to offload: none so large is held decoded beside its packed weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_DECODED_BYTES", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
