@@ -113,9 +113,9 @@ static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
     float* out = reinterpret_cast<float*>(in.space + c * in.row_bytes);
     const int64_t whole = in.n / chunk * chunk;
     for (int64_t base = 0; base < whole; base += chunk) {
-      Vec in[P], parts[P];
-      for (int i = 0; i < P; ++i) in[i] = load(x + base + i * kLanes) * up[0] * up[1];
-      every_pth<P>(in, parts);
+      Vec values[P], parts[P];
+      for (int i = 0; i < P; ++i) values[i] = load(x + base + i * kLanes) * up[0] * up[1];
+      every_pth<P>(values, parts);
       for (int i = 0; i < P; ++i) store(out + base + i * kLanes, parts[i]);
     }
     for (int64_t i = whole; i < padded; ++i) {

@@ -217,6 +217,12 @@ def test_a_negated_flag_is_marked_and_read() -> None:
     assert question.draft.plan.where == (Condition(3, "no"),)
 
 
+def test_a_flag_whose_own_name_negates_is_read_as_it_is() -> None:
+    columns = {"bill": ["a1", "b2", "c3"], "unpaid": [True, False, True]}
+    question = asked("how many bills are unpaid", TableProfile.from_rows("bills", columns))
+    assert question.draft.plan.where == (Condition(1, "yes"),)
+
+
 def test_the_most_rows_are_counted() -> None:
     assert asked("which client has the most bills", BILLS).counts_rows
     assert asked("who is billed most often", BILLS).counts_rows

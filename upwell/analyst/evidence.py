@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from upwell.analyst.associations import association, sorts
-from upwell.analyst.associations import known_word as heard
-from upwell.analyst.mentions import Token, tokenize
+from upwell.analyst.associations import association, known_word, sorts
+from upwell.analyst.mentions import Token, negates, tokenize
 from upwell.analyst.plan import Condition, Plan
 from upwell.analyst.rules import Draft
 from upwell.analyst.schema import ColumnKind, TableProfile
@@ -89,30 +88,33 @@ class Asked:
             if mark.kind in "CV":
                 text[mark.start : mark.end] = "_" * (mark.end - mark.start)
         found = {name for name, pattern in _PATTERNS.items() if pattern.search("".join(text))}
-        if self.from_to or ("order" in found and "order" not in self.words_of_table):
+        if self.from_to or ("order" in found and "order" not in self.name_words):
             found.add("sort")
         if any(negates(mark, self.linked.question, self.profile) for mark in self.linked.marks):
             found.add("not")
         return frozenset(found)
 
     @cached_property
-    def words_of_table(self) -> frozenset[str]:
+    def table_words(self) -> frozenset[str]:
+        """Stems of the words in the table's name."""
+        return frozenset(map(stem, split_name(self.profile.name)))
+
+    @cached_property
+    def name_words(self) -> frozenset[str]:
         """Stems of the words in the names of the table and its columns."""
-        names = [split_name(self.profile.name), *(column.words for column in self.profile.columns)]
-        return frozenset(stem(word) for words in names for word in words)
+        return self.table_words.union(stem(word) for column in self.profile.columns for word in column.words)
 
     @cached_property
     def counts_rows(self) -> bool:
         """Whether the most or the least of the rows themselves is asked for: "which planet has the most moons"."""
         if _OFTEN.search(self.linked.question):
             return True
-        table = {stem(word) for word in split_name(self.profile.name)}
         named = [m for m in self.linked.marks if m.kind == "C"
                  and all(self.profile.columns[c].kind is ColumnKind.KEY for c in m.columns)]  # fmt: skip
         tokens = tokenize(self.linked.question)
         return any(
             token.lower in ("most", "fewest", "least") and any(
-                t.stem in table or any(m.start <= t.start < m.end for m in named) for t in tokens[i + 1 : i + 3])
+                t.stem in self.table_words or any(m.start <= t.start < m.end for m in named) for t in tokens[i + 1 : i + 3])
             for i, token in enumerate(tokens)
         )  # fmt: skip
 
@@ -123,12 +125,16 @@ class Asked:
         return (found[1] or found[2]).lower() if found else ""
 
     @cached_property
+    def behind_by(self) -> frozenset[str]:
+        """Words behind a "by"."""
+        return frozenset(m[1].lower() for m in _BEHIND_BY.finditer(self.linked.question))
+
+    @cached_property
     def by(self) -> frozenset[int]:
         """Quantities and times that a "by" names or speaks for: "list the rivers by length"."""
         question, columns = self.linked.question, self.profile.columns
         named = {c for m in self.linked.marks if m.kind == "C" and _BY.search(question[: m.start]) for c in m.columns}
-        behind = {m[1].lower() for m in _BEHIND_BY.finditer(question)}
-        for word in behind.intersection(self.loose_words):
+        for word in self.behind_by.intersection(self.loose_words):
             named |= {c for c, column in enumerate(columns) if association(word, column) >= _WEAK}
         return frozenset(c for c in named if columns[c].kind in RANGED)
 
@@ -167,15 +173,13 @@ class Asked:
     def spoken(self) -> list[dict[int, float]]:
         """For each loose word that speaks for some column: those columns, and how strongly."""
         found = []
-        table = {stem(word) for word in split_name(self.profile.name)}
-        behind = {m[1].lower() for m in _BEHIND_BY.finditer(self.linked.question)}
         for word in self.loose_words:
             own = {c: 1.0 for c, column in enumerate(self.profile.columns)
-                   if word in behind and stem(word) in map(stem, column.words)}  # fmt: skip
+                   if word in self.behind_by and stem(word) in map(stem, column.words)}  # fmt: skip
             if own:  # "by rate", where "rate" alone would be no sign of a column
                 found.append(own)
                 continue
-            if stem(word) in table or any(_PATTERNS[name].fullmatch(word) for name in _COMPUTED):
+            if stem(word) in self.table_words or any(_PATTERNS[name].fullmatch(word) for name in _COMPUTED):
                 continue
             for_word = {c: association(word, column) for c, column in enumerate(self.profile.columns)}
             if word in _TIMES:
@@ -228,7 +232,7 @@ class Asked:
     def unheard(self) -> bool:
         """Whether a superlative speaks for some kind of column that this table doesn't have: "cheapest" of moons."""
         return any(
-            heard(word) and all(association(word, c) < _WEAK for c in self.profile.columns)
+            known_word(word) and all(association(word, c) < _WEAK for c in self.profile.columns)
             and not (word in _TIMES and any(c.kind in RANGED[1:] for c in self.profile.columns))
             for word in self.superlatives if word not in _MOST | _LEAST
         )  # fmt: skip
@@ -260,14 +264,6 @@ class Asked:
         if sign:
             return "desc" if sign > 0 else "asc"
         return "desc" if "rank" in self.says or self.superlatives else "asc"
-
-
-def negates(mark: Mark, question: str, profile: TableProfile) -> bool:
-    """Whether a column's mark is its word with a negation before it: "unpaid" for paid."""
-    word = question[mark.start : mark.end].lower()
-    return mark.kind == "C" and word.startswith(("un", "non")) and all(
-        not part.startswith(("un", "non")) for c in mark.columns for part in profile.columns[c].words
-    )  # fmt: skip
 
 
 def skeleton(plan: Plan, marked: frozenset[int]) -> Plan:

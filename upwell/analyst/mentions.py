@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from upwell.analyst.schema import ColumnKind, TableProfile
+from upwell.analyst.slots import Mark
 from upwell.analyst.words import ASK, COMMON, STOP, TOKEN, UNIT_OF, UNITS, TypoIndex, stem
 
+NEGATIONS = ("un", "non")  # before a flag's word
 # Two letters fit too many words to be guessed; these are what headers commonly shorten so.
 _TWO_LETTERS = {
     short: stem(long)
@@ -53,6 +55,13 @@ class Mention:
     partial: bool
 
 
+def negates(mark: Mark, question: str, profile: TableProfile) -> bool:
+    """Whether a column's mark is its word with a negation before it: "unpaid" for paid."""
+    word = question[mark.start : mark.end].lower()
+    own = (part for c in mark.columns for part in profile.columns[c].words)
+    return mark.kind == "C" and word.startswith(NEGATIONS) and not any(part.startswith(NEGATIONS) for part in own)
+
+
 def telling_words(words: tuple[str, ...]) -> tuple[str, ...]:
     """The stems of a name's words without stop words, a counting prefix (n_files) and a trailing unit."""
     kept = [word for word in words if word not in STOP]
@@ -69,8 +78,8 @@ class ColumnIndex:
     def __init__(self, profile: TableProfile) -> None:
         self.names = [column.words for column in profile.columns]
         self.telling = [telling_words(words) for words in self.names]
-        # "cars" in a question about the table of cars is no sign of the column "car name".
         self.flags = {c for c, column in enumerate(profile.columns) if column.kind is ColumnKind.FLAG}
+        # "cars" in a question about the table of cars is no sign of the column "car name".
         self.table = {stem(word) for word in TOKEN.findall(profile.name.lower())}
         self.by_stem: dict[str, list[int]] = {}
         self.joined: dict[str, list[int]] = {}
@@ -103,7 +112,7 @@ class ColumnIndex:
 
     def without_negation(self, word: str) -> str | None:
         """The stem of a flag's word that this one negates: "unpaid" of paid."""
-        for prefix in ("un", "non"):
+        for prefix in NEGATIONS:
             part = stem(word.removeprefix(prefix))
             if word.startswith(prefix) and any(c in self.flags for c in self.by_stem.get(part, ())):
                 return part

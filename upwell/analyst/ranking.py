@@ -47,7 +47,7 @@ def same_rows(plan: Plan, profile: TableProfile) -> Plan:
     if plan.kind != "show":
         return plan
     order = () if plan.sort_column is None else (plan.sort_column,)
-    shown = named(plan.columns, profile.columns) + order
+    shown = named(plan.columns, profile) + order
     return replace(plan, where=tuple(sorted(plan.where, key=repr)), columns=tuple(sorted(set(shown))))
 
 
@@ -60,8 +60,9 @@ def rank(drawn: Mapping[Plan, float], asked: Asked) -> tuple[Plan, float]:
     }
     top = max(*scores.values(), weight[NONE])
     shares = {plan: math.exp(score - top) for plan, score in scores.items()}
+    table_of = {plan: same_rows(plan, asked.profile) for plan in shares}
     tables: dict[Plan, float] = defaultdict(float)
     for plan, share in shares.items():
-        tables[same_rows(plan, asked.profile)] += share
-    best = max(shares, key=lambda plan: (tables[same_rows(plan, asked.profile)], shares[plan]))
-    return best, tables[same_rows(best, asked.profile)] / (sum(shares.values()) + math.exp(weight[NONE] - top))
+        tables[table_of[plan]] += share
+    best = max(shares, key=lambda plan: (tables[table_of[plan]], shares[plan]))
+    return best, tables[table_of[best]] / (sum(shares.values()) + math.exp(weight[NONE] - top))

@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 
 from upwell.analyst.grammar import PlanGrammar
+from upwell.analyst.mentions import negates
 from upwell.analyst.plan import MAX_CONDITIONS, Condition, Dim, Measure, Plan, plan_tokens
 from upwell.analyst.schema import ColumnKind, TableProfile
 from upwell.analyst.slots import LinkedQuestion, Mark
@@ -84,7 +85,7 @@ def draft_plan(profile: TableProfile, linked: LinkedQuestion) -> Draft:
 
 class _Reader:
     def __init__(self, profile: TableProfile, linked: LinkedQuestion) -> None:
-        self.columns = profile.columns
+        self.profile, self.columns = profile, profile.columns
         self.text = linked.question.lower()
         self.slots = linked.slots
         marks = linked.marks
@@ -258,7 +259,7 @@ class _Reader:
                 kind = self.columns[column].kind
                 found.append(Condition(column, "no" if kind is ColumnKind.FLAG else "null"))
             elif self.columns[column].kind is ColumnKind.FLAG:
-                negated = re.search(_NOT, before) or self.text[mention.start : mention.end].startswith(("un", "non"))
+                negated = re.search(_NOT, before) or negates(mention, self.text, self.profile)
                 found.append(Condition(column, "no" if negated else "yes"))
         return found
 

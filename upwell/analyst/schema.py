@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upwell.analyst.words import split_name
@@ -58,6 +59,12 @@ class ColumnProfile:
         return self.storage == "text"
 
 
+def _is_title(column: ColumnProfile, code: ColumnProfile) -> bool:
+    if column.kind is not ColumnKind.TEXT or column.n_distinct < code.n_distinct or not column.values:
+        return False
+    return sum(map(len, column.values)) <= 40 * len(column.values)
+
+
 @dataclass(frozen=True, eq=False)
 class TableProfile:
     """A table's schema with its sample values. Compared by identity: linkers are kept per table."""
@@ -65,6 +72,15 @@ class TableProfile:
     name: str
     n_rows: int
     columns: tuple[ColumnProfile, ...]
+
+    @cached_property
+    def row_names(self) -> tuple[int, ...]:
+        """The columns, two at most, that name rows: a code, a title."""
+        names = [i for i, column in enumerate(self.columns) if column.kind is ColumnKind.KEY]
+        if names:  # a short description that tells all rows apart is a title
+            code = self.columns[names[0]]
+            names[1:1] = [i for i, column in enumerate(self.columns) if _is_title(column, code)][:1]
+        return tuple(names[:2])
 
     @classmethod
     def from_rows(cls, name: str, columns: Mapping[str, Sequence[Any]]) -> TableProfile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import date, timedelta
 from functools import lru_cache
 
@@ -66,24 +65,16 @@ def number_for(slot: NumberSlot, column: ColumnProfile) -> int | float:
     return slot.value
 
 
-def named(columns: tuple[int, ...], of: Sequence[ColumnProfile]) -> tuple[int, ...]:
+def named(columns: tuple[int, ...], profile: TableProfile) -> tuple[int, ...]:
     """Rows shown by one of their two names (a code, a title) are shown with the other as well."""
-    names = [i for i, column in enumerate(of) if column.kind is ColumnKind.KEY]
-    if names:  # a short description that tells all rows apart is a title
-        names[1:1] = [i for i, column in enumerate(of) if _is_title(column, of[names[0]])][:1]
-    shown = [c for c in columns if c in names[:2]]
-    return (*columns, *(name for name in names[:2] if shown and name not in shown))
-
-
-def _is_title(column: ColumnProfile, code: ColumnProfile) -> bool:
-    if column.kind is not ColumnKind.TEXT or column.n_distinct < code.n_distinct or not column.values:
-        return False
-    return sum(map(len, column.values)) <= 40 * len(column.values)
+    names = profile.row_names
+    shown = [c for c in columns if c in names]
+    return (*columns, *(name for name in names if shown and name not in shown))
 
 
 class _Compiler:
     def __init__(self, profile: TableProfile, slots: Slots) -> None:
-        self.columns = profile.columns
+        self.profile, self.columns = profile, profile.columns
         self.slots = slots
         self.taken = {column.name.lower() for column in profile.columns}
 
@@ -95,7 +86,7 @@ class _Compiler:
             names = [self.name(c) for c in plan.columns]
             where += [f"{name} IS NOT NULL" for name in names]
             return _clauses(f"SELECT DISTINCT {', '.join(names)}", where, order=names)
-        columns = list(named(plan.columns, self.columns))
+        columns = list(named(plan.columns, self.profile))
         order = []
         if plan.sort_column is not None:
             if plan.sort_column not in columns:

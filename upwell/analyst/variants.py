@@ -72,7 +72,7 @@ def _with_unused_conditions(plan: Plan, others: Sequence[Plan], asked: Asked) ->
             added.append(test)
             slots |= set(test.slots)
             columns.add(test.column)
-    return replace(plan, where=(*plan.where, *added)) if added and plan.kind != "noans" else plan
+    return replace(plan, where=(*plan.where, *added)) if added else plan
 
 
 def _listings(plan: Plan, asked: Asked) -> Iterator[Plan]:
