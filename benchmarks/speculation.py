@@ -1,6 +1,6 @@
 """What speculative decoding brings nano: its plans for held-out questions, one at a time, with and without drafts.
 
-    python benchmarks/speculation.py [--questions N] [--drafts K] [--rounds R] [--json OUT]
+    python benchmarks/speculation.py [--questions N] [--drafts K] [--rounds R] [--dtype D] [--json OUT]
 
 Four engines over one model take turns, question by question: without drafts; without and with MTP under the plan
 grammar's mask (forced tokens are drafts too); and the plain model with MTP but no mask. Decoding is timed from the
@@ -23,6 +23,7 @@ from upwell.analyst.linking import link
 from upwell.analyst.prompt import render_prompt
 from upwell.analyst.rules import draft_plan
 from upwell.analyst.sources import open_table
+from upwell.devices import resolve_dtype
 from upwell.engine import LLM, SamplingParams
 
 QUESTIONS = Path(__file__).parent / "questions"
@@ -60,10 +61,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--drafts", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="auto", help="as `upwell serve` takes it (default: auto, FP32)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
 
-    plain = LLM(device="cpu", speculative_tokens=0, enable_prefix_caching=False)
+    plain = LLM(device="cpu", dtype=resolve_dtype(args.dtype), speculative_tokens=0, enable_prefix_caching=False)
     options = {"enable_prefix_caching": False}
     engines = {
         ("plain", True): plain,
@@ -106,7 +108,10 @@ def main() -> None:
               f"{after / before:.2f}x   accepted {share:.0%} of {stats.draft_proposed}")  # fmt: skip
     print(f"{different} of {2 * len(work) * (args.rounds + 1)} plans differ")
     if args.json is not None:
-        result = {"date": time.strftime("%Y-%m-%d"), "questions": len(work), "rows": rows, "different": different}
+        result = {
+            "date": time.strftime("%Y-%m-%d"), "dtype": args.dtype, "questions": len(work), "rows": rows,
+            "different": different,
+        }  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,14 @@
 """Upwell against transformers on the same weights, in one run: prefill, decode, training, peak memory.
 
-    python benchmarks/vs_transformers.py [--quick] [--json OUT] [--only prefill|decode|train]
+    python benchmarks/vs_transformers.py [--quick] [--json OUT] [--only prefill|decode|train] [--bf16]
 
 Six layers [0, 4, 128, 4, 128, 4], hidden 256, 16.6 M parameters, FP32, 2 threads. Transformers runs in its best
 configuration: malloc tuned (both sides), chunked prefill where that is faster, the faster of its expert paths, logits
 of the last token only. Runs alternate, A B A B; medians and spreads are printed, and the ratio of medians. A default
 run takes minutes; --quick leaves out 8,192 tokens, 16k and full batches of training. Nothing is written but OUT.
+
+--bf16 compares inference in BF16: weights that BF16 holds exactly on both sides, Upwell's products of BF16 operands,
+and transformers in the fastest of FP32, FP32 with torch's "medium" precision, and BF16.
 """
 
 from __future__ import annotations
@@ -69,6 +72,20 @@ def build() -> tuple[Any, Any]:
     return theirs, ours
 
 
+def both_in_bf16(ours: Any, theirs: Any) -> dict[str, tuple[Any, str]]:
+    """Round both models' matrices to what BF16 holds; transformers' precisions to choose from."""
+    import copy
+
+    import torch
+
+    with torch.no_grad():
+        for parameter in [*ours.parameters(), *theirs.parameters()]:
+            if parameter.dim() > 1:
+                parameter.copy_(parameter.bfloat16())
+    half = copy.deepcopy(theirs).to(torch.bfloat16)
+    return {"float32": (theirs, "highest"), "float32 by medium": (theirs, "medium"), "bfloat16": (half, "medium")}
+
+
 class Ours:
     """Prefill, decode and training through Upwell's model."""
 
@@ -129,10 +146,18 @@ class Ours:
 
 
 class Theirs:
-    """The same through transformers; `chunk` and the experts' implementation are tuned before the runs."""
+    """The same through transformers; `chunk`, the experts' implementation and, of several, the precision are tuned
+    before the runs. precisions: a model and torch's matmul precision each."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, precisions: dict[str, tuple[Any, str]] | None = None) -> None:
+        self.precisions = precisions or {"float32": (model, "highest")}
         self.model, self.chunk = model, 512
+
+    def use(self, precision: str) -> None:
+        import torch
+
+        self.model, setting = self.precisions[precision]
+        torch.set_float32_matmul_precision(setting)
 
     def prefill(self, ids: Any) -> Any:
         past = None
@@ -160,21 +185,28 @@ class Theirs:
     def loss(self, ids: Any) -> Any:
         return self.model(ids, labels=ids, use_cache=False).loss
 
-    def tune(self, name: str, run: Callable[[], Any], experts: tuple[str, ...], chunks: tuple[int, ...]) -> None:
-        """Keep the fastest of the settings for what comes next, and say so."""
-        run()
+    def tune(
+        self, name: str, begin: Callable[[], Callable[[], Any]], experts: tuple[str, ...], chunks: tuple[int, ...]
+    ) -> None:
+        """Keep the fastest of the settings for what comes next, and say so. `begin` gives what is to be timed."""
         best = None
-        for implementation in experts:
-            for chunk in chunks:
-                self.model.config._experts_implementation, self.chunk = implementation, chunk
-                begin = time.perf_counter()
-                run()
-                cost = time.perf_counter() - begin
-                if best is None or cost < best[0]:
-                    best = (cost, implementation, chunk)
+        for precision in self.precisions:
+            self.use(precision)
+            run = begin()
+            run()
+            for implementation in experts:
+                for chunk in chunks:
+                    self.model.config._experts_implementation, self.chunk = implementation, chunk
+                    started = time.perf_counter()
+                    run()
+                    cost = time.perf_counter() - started
+                    if best is None or cost < best[0]:
+                        best = (cost, precision, implementation, chunk)
         assert best is not None
-        self.model.config._experts_implementation, self.chunk = best[1], best[2]
-        print(f"  transformers at its best for {name}: experts {best[1]}, chunk {best[2]}", flush=True)
+        self.use(best[1])
+        self.model.config._experts_implementation, self.chunk = best[2], best[3]
+        setting = f"{best[1]}, " if len(self.precisions) > 1 else ""
+        print(f"  transformers at its best for {name}: {setting}experts {best[2]}, chunk {best[3]}", flush=True)
 
 
 def interleave(
@@ -329,6 +361,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter decodes")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", choices=("prefill", "decode", "train"))
+    parser.add_argument("--bf16", action="store_true", help="inference in BF16, each side in its fastest way")
     parser.add_argument("--save", type=Path, metavar="DIR", help="only write our model there, with nano's tokenizer")
     parser.add_argument("--wider", type=int, default=1, metavar="N", help="with --save: N times as wide")
     parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
@@ -352,14 +385,18 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
     theirs_model, ours_model = build()
-    ours, theirs = Ours(ours_model), Theirs(theirs_model)
+    precisions = both_in_bf16(ours_model, theirs_model) if args.bf16 else None
+    ours, theirs = Ours(ours_model), Theirs(theirs_model, precisions)
     parameters = sum(p.numel() for p in ours_model.parameters())
     machine = {"cpu": cpu_name(), "threads": THREADS, "torch": torch.__version__,
                "transformers": transformers.__version__, "python": platform.python_version(),
                "kernels": native.describe()}  # fmt: skip
-    print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, FP32", flush=True)
+    print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, "
+          f"{'BF16' if args.bf16 else 'FP32'}", flush=True)  # fmt: skip
     ids = torch.randint(0, GEOMETRY["vocab_size"], (8, 16384), generator=torch.Generator().manual_seed(1))
     print(f"logits agree to {check(ours, theirs, ids[:1, :1024])}", flush=True)
+    if args.bf16:
+        ours_model.multiply_in(torch.bfloat16)
     report, rounds, budget = Report(), 3 if args.quick else 7, 5.0 if args.quick else 25.0
     extra: dict[str, Any] = {}
     if args.only in (None, "prefill"):
@@ -367,12 +404,14 @@ def main() -> None:
             part = ids[:1, :n]
             chunks = (512,) if args.quick else tuple(c for c in (256, 512, 1024, 2048) if c <= n)
             probe = ids[:1, : min(n, 2048)]
-            theirs.tune(f"prefill {n}", lambda probe=probe: theirs.prefill(probe), ("eager", "grouped_mm"), chunks)
+            theirs.tune(
+                f"prefill {n}", lambda probe=probe: lambda: theirs.prefill(probe), ("eager", "grouped_mm"), chunks
+            )
             times = interleave(
                 lambda part=part: ours.prefill(part), lambda part=part: theirs.prefill(part), rounds, budget
             )
             report.add(f"prefill {n}", n, *times)
-    if args.only in (None, "prefill") and not args.quick:
+    if args.only in (None, "prefill") and not (args.quick or args.bf16):
         extra = alone("--long-prefill") | alone("--prefill-memory")
         growth = extra["per_token_16k_s"] / extra["per_token_1k_s"]
         above = extra["peak_above_start_bytes"] / 2**20
@@ -383,21 +422,23 @@ def main() -> None:
             steps = 8 if args.quick else 32
             context = ids[:batch, :512]
             theirs.tune(
-                f"decode x{batch}", theirs.decode(context, 4), ("eager", "grouped_mm", "batched_mm"), (512,)
+                f"decode x{batch}", lambda context=context: theirs.decode(context, 4),
+                ("eager", "grouped_mm", "batched_mm"), (512,),
             )
             times = interleave(ours.decode(context, steps), theirs.decode(context, steps), rounds, budget)
             report.add(f"decode x{batch}", batch * steps, *times)
-    if args.only in (None, "train"):
+    if args.only in (None, "train") and not args.bf16:
         batch = 1 if args.quick else 8
         batch_ids = ids[:batch, :512]
         run_theirs = training(theirs, batch_ids)
-        theirs.tune("training", run_theirs, ("eager", "grouped_mm"), (512,))
+        theirs.tune("training", lambda: run_theirs, ("eager", "grouped_mm"), (512,))
         run_ours = training(ours, batch_ids)
         times = interleave(run_ours, run_theirs, min(rounds, 5), 2 * budget)
         report.add(f"train {batch}x512", batch * 512, *times)
     if args.json is not None:
         result = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": machine, "parameters": parameters,
-                  "geometry": GEOMETRY, "rows": report.rows, "long_prefill": extra}  # fmt: skip
+                  "products": str(ours_model.products)[6:], "geometry": GEOMETRY, "rows": report.rows,
+                  "long_prefill": extra}  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ constexpr int64_t kSkew = 16;         // floats that keep rows of 4 KiB from mee
 struct OwnBuffers {  // of one thread, for a block
   float *z, *x, *q, *iq, *attended, *latent, *y, *scores, *gathered, *hidden, *up, *factor;
   int32_t *pairs, *key_pairs;
+  int inputs = 0;  // what products' inputs are told apart by
 };
 
 // Each thread reads all of a layer's dense weights. Two threads read them together out of the shared cache, and fewer
@@ -22,11 +23,13 @@ static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, c
   Bump at{base};
   take_shared(at, b, m, tokens, entries, threads);
   const int64_t shared = at.used, h = m.streams, inter = max64(m.inter, m.shared_inter);
+  const int64_t widest = max64(max64(m.hidden, m.q_rank), max64(max64(inter, m.heads * m.dim / m.groups), m.groups * m.o_rank));
   Bump own{base + shared};
   for (int i = 0; i <= thread; ++i) {
     take_own(own, b, m, entries);
     own.take(b.tile, max64(m.index_dim, h * m.hidden) * kTile);
     own.take(b.rows_buffer, 4 * h * m.hidden);
+    own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
     own.take(o.z, kBlock * (2 + h) * h);
     own.take(o.x, kBlock * m.hidden);
     own.take(o.q, kBlock * (m.heads * m.dim + kSkew));
@@ -58,10 +61,14 @@ struct ByTokens : LayerPass {
     });
   }
 
-  void multiply(const Job& job) {
-    for (int64_t first = 0; first < job.m.rows; first += kTile)
-      run_job(job, first, int(min64(job.m.rows - first, kTile)), 0, job.t, b.tile, b.rows_buffer);
+  // Jobs of the same input.
+  void multiply(const Job* jobs, int count) {
+    ++o.inputs;
+    for (const Job* job = jobs; job < jobs + count; ++job)
+      for (int64_t first = 0; first < job->m.rows; first += kTile)
+        run_job(*job, first, int(min64(job->m.rows - first, kTile)), 0, job->t, b.tile, b.rows_buffer, &b.inputs, o.inputs);
   }
+  void multiply(const Job& job) { multiply(&job, 1); }
 
   // x [n, hidden]: the sublayer's normed input of tokens [t0, t0 + n); their weights to leave by.
   void enter(const Mix& mix, const float* norm, int64_t t0, int64_t n, float* x) {
@@ -75,8 +82,7 @@ struct ByTokens : LayerPass {
   void before_attention(const Layer& l, int64_t t0, int64_t n) {
     enter(l.mix_attn, l.attn_norm, t0, n, o.x);
     Job jobs[7];
-    const int count = inputs(l, o.x, t0, n, jobs);
-    for (int i = 0; i < count; ++i) multiply(jobs[i]);
+    multiply(jobs, inputs(l, o.x, t0, n, jobs));
     for (int64_t t = t0; t < t0 + n; ++t) norm_inputs(l, t);
   }
 
@@ -130,8 +136,8 @@ struct ByTokens : LayerPass {
   // SwiGLU of n rows x through expert e (the shared one follows the routed ones).
   void expert(const Layer& l, int64_t e, const float* x, int64_t n, float* out) {
     const int64_t inter = e == m.experts ? m.shared_inter : m.inter;
-    multiply({l.experts[3 * e], x, m.hidden, n, o.hidden, inter});
-    multiply({l.experts[3 * e + 1], x, m.hidden, n, o.up, inter});
+    const Job up[2] = {{l.experts[3 * e], x, m.hidden, n, o.hidden, inter}, {l.experts[3 * e + 1], x, m.hidden, n, o.up, inter}};
+    multiply(up, 2);
     swiglu(o.hidden, o.up, n * inter);
     multiply({l.experts[3 * e + 2], o.hidden, inter, n, out, m.hidden});
   }

@@ -15,6 +15,7 @@ struct Choice {
 
 bool runs(const char* name) {
 #if defined(__x86_64__)
+  if (std::strcmp(name, "avx512bf16") == 0) return runs("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(name, "avx512vnni") == 0) return runs("avx512") && __builtin_cpu_supports("avx512vnni");
   if (std::strcmp(name, "avx512") == 0)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -28,6 +29,7 @@ bool runs(const char* name) {
 
 const Choice choices[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", &avx512bf16::kernels},
     {"avx512vnni", &avx512vnni::kernels},
     {"avx512", &avx512::kernels},
     {"avx2", &avx2::kernels},
@@ -76,6 +78,19 @@ void upwell_pack(const float* weight, int64_t rows, int64_t cols, float* out) {
       for (int64_t r = 0; r < kPanel; ++r)
         for (int64_t k = k0; k < k1; ++k) out[k * kPanel + r] = first + r < rows ? weight[(first + r) * cols + k] : 0.0f;
     }
+}
+
+// The same in BF16, rounded to nearest even, two columns at a time: out [ceil(rows / kPanel), ceil(cols / 2), kPanel, 2].
+void upwell_pack_pairs(const float* weight, int64_t rows, int64_t cols, uint16_t* out) {
+  using upwell::kPanel;
+  constexpr int64_t kColumns = 64;
+  for (int64_t first = 0; first < rows; first += kPanel, out += kPanel * ((cols + 1) / 2 * 2))
+    for (int64_t k0 = 0; k0 < cols; k0 += kColumns)
+      for (int64_t r = 0; r < kPanel; ++r)
+        for (int64_t k = k0; k < (k0 + kColumns < cols ? k0 + kColumns : (cols + 1) / 2 * 2); ++k) {
+          const bool is_weight = first + r < rows && k < cols;
+          out[(k / 2 * kPanel + r) * 2 + k % 2] = is_weight ? upwell::round_to_bf16(weight[(first + r) * cols + k]) : 0;
+        }
 }
 
 // Bytes of the structs as they were built: Python's mirror of them (ops/native.py) must agree.

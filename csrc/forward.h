@@ -13,6 +13,7 @@ static void forward_body(Worker& w, void* argument) {
     ByTokens{{w, call, m, b, call.tokens}, own}.run();
   } else {
     lay_out(m, call.tokens, entries, base, w.id, w.team.size, b);
+    b.inputs.rounds = m.rounds;
     if (call.parts) b.x = call.x, b.y = call.y, b.post = call.post, b.comb = call.comb;
     ByWeights{{w, call, m, b, call.tokens}}.run();
   }
@@ -40,6 +41,7 @@ static void head_body(Worker& w, void* argument) {
   b.rows_buffer = b.tile + widest * kTile;
   const auto space = reinterpret_cast<uintptr_t>(b.rows_buffer + widest * 4);
   b.inputs.space = reinterpret_cast<char*>((space + 63) / 64 * 64);
+  b.inputs.rounds = m.rounds;
   Job job{call.fn, call.streams, h * m.hidden, T, z, h};
   run_jobs(w, b, &job, 1);
   w.barrier();

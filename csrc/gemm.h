@@ -143,10 +143,9 @@ INLINE void tile_steps(const float* x, int64_t ldx, const float* b, int64_t n, V
   }
 }
 
-template <int MR, int LDB>
-static void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, float* out, int64_t ldo, int width) {
-  Vec v0[MR], v1[MR];
-  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, v0, v1);
+// width of kTile sums of each of MR rows.
+template <int MR>
+INLINE void store_tile(const Vec (&v0)[MR], const Vec (&v1)[MR], float* out, int64_t ldo, int width) {
   for (int r = 0; r < MR; ++r) {
     float* o = out + r * ldo;
     if (width == kTile) {
@@ -159,6 +158,13 @@ static void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, fl
       store_part(o, v0[r], width);
     }
   }
+}
+
+template <int MR, int LDB>
+static void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, float* out, int64_t ldo, int width) {
+  Vec v0[MR], v1[MR];
+  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, v0, v1);
+  store_tile<MR>(v0, v1, out, ldo, width);
 }
 
 #if defined(__aarch64__)
@@ -210,6 +216,8 @@ static void times_tile(const float* x, int64_t ldx, int64_t t, const float* tile
   }
 }
 
+#include "pairs.h"
+
 struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
   Matrix m;
   const float* x;
@@ -225,7 +233,13 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
+  const bool rounds = inputs && (job.m.format == kPairs || (inputs->rounds && (job.m.format == kBF16 || job.m.format == kFP8 || job.m.format == kFP4)));
   if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, phase)) return;
+  if (rounds) {
+    auto* pairs = reinterpret_cast<int32_t*>(tile);
+    pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase);
+    return;
+  }
   if (job.m.format == kPanels) {
     const float* panel = static_cast<const float*>(job.m.data) + first / kPanel * kPanel * n + first % kPanel;
     times_tile<kPanel>(x, job.ldx, t, panel, n, out, job.ldo, width);

@@ -62,8 +62,6 @@ static void best_experts(const float* scores, const float* bias, int64_t n, int6
   }
 }
 
-INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
-
 INLINE float unordered(int32_t key) {  // the inverse of `ordered`
   const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
   float x;

@@ -30,6 +30,7 @@ namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512vnni { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 #elif defined(__aarch64__)
 namespace dotprod { extern const Kernels kernels; }
 #endif

@@ -266,7 +266,9 @@ struct LayerPass {
 
   static Matrix rows_of(const Matrix& a, int64_t first, int64_t rows) {
     int64_t bytes = a.format == kBF16 ? 2 * a.cols : a.format == kFP8 ? a.cols : a.format == kFP4 ? a.cols / 2 : 4 * a.cols;
-    if (a.format == kPanels) first = first / rows * ((rows + kPanel - 1) / kPanel * kPanel);  // a group starts a panel
+    if (a.format == kPairs) bytes = 4 * ((a.cols + 1) / 2);
+    if (a.format == kPanels || a.format == kPairs)
+      first = first / rows * ((rows + kPanel - 1) / kPanel * kPanel);  // a group starts a panel
     const uint8_t* scale = a.scale;  // FP8 groups begin on a block of 128 rows, or Python decodes the matrix
     if (a.format == kFP8) scale += first / 128 * ((a.cols + 127) / 128);
     if (a.format == kFP4) scale += first * (a.cols / 32);

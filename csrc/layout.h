@@ -4,17 +4,25 @@
 
 namespace upwell {
 
-enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3, kPanels = 4 };
+enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3, kPanels = 4, kPairs = 5 };
 
 constexpr int kPanel = 32;
 
 // [rows, cols], row-major; FP8 and FP4 with UE8M0 scales as in upwell/formats. kPanels: FP32, each kPanel rows
-// interleaved as [cols, kPanel], missing rows zero (upwell_pack).
+// interleaved as [cols, kPanel], missing rows zero (upwell_pack). kPairs: BF16, the same but for two columns at a time,
+// [ceil(cols / 2), kPanel, 2] (upwell_pack_pairs); their products round the inputs to BF16, too.
 struct Matrix {
   const void* data;
   const uint8_t* scale;
   int64_t rows, cols, format;
 };
+
+// x in BF16, to nearest even.
+inline uint16_t round_to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return uint16_t(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 struct Mix {  // one sublayer's hyper-connection
   Matrix fn;  // [(2+h)h, hD]
@@ -45,6 +53,7 @@ struct Model {
   int64_t hidden, streams, heads, dim, rope, window, q_rank, o_rank, groups;
   int64_t index_heads, index_dim, index_topk, experts, experts_per_token, inter, shared_inter;
   int64_t sinkhorn_iters, vocab, csa_ratio;
+  int64_t rounds;     // 1: products round inputs to BF16, packed weights' from more rows on than registers serve
   int64_t by_tokens;  // 1: weights are panels, a layer's dense ones fit the CPU's cache (blocks.h)
   double hc_eps, norm_eps, swiglu_limit, routed_scaling;
   const float *freqs, *compress_freqs;

@@ -72,6 +72,7 @@ struct Inputs {
   int64_t t = 0, n = 0, row_bytes = 0;
   int phase = -1, kind = -1;
   bool fits = false;
+  bool rounds = false;  // to BF16, for more rows than kPackedRows
   float back[kPackedRows][2];  // multiplied together: the power of two that undoes the scaling
 
   template <class T>
@@ -79,6 +80,8 @@ struct Inputs {
     return reinterpret_cast<const T*>(space + c * row_bytes);
   }
 };
+
+static void lay_out_pairs(Inputs& in, const float* x, int64_t ldx);  // pairs.h
 
 #ifndef UPWELL_BYTE_DOTS
 #define UPWELL_BYTE_DOTS 0
@@ -128,7 +131,8 @@ static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
 static void prepare(Inputs& in, int64_t format, const float* x, int64_t ldx, int64_t t, int64_t n, int phase) {
   if (in.x == x && in.t == t && in.n == n && in.phase == phase && in.kind == int(format)) return;
   in.x = x, in.t = t, in.n = n, in.phase = phase, in.kind = int(format);
-  if (format == kBF16) lay_out_floats<kBF16>(in, x, ldx);
+  if (format == kPairs) lay_out_pairs(in, x, ldx);
+  else if (format == kBF16) lay_out_floats<kBF16>(in, x, ldx);
   else if (format == kFP8) lay_out_floats<kFP8>(in, x, ldx);
 #if UPWELL_BYTE_DOTS
   else lay_out_bytes(in, x, ldx);
@@ -315,7 +319,7 @@ static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs&
 // don't serve these values, and out is unspecified.
 __attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
                            int64_t ldo, Inputs& in, int phase) {
-  if (m.format == kF32 || m.format == kPanels || t > kPackedRows || !plain_scales(m, first, width)) return false;
+  if (m.format == kF32 || m.format == kPanels || m.format == kPairs || t > kPackedRows || !plain_scales(m, first, width)) return false;
   prepare(in, m.format, x, ldx, t, m.cols, phase);
   if (!in.fits) return false;
   if (m.format == kBF16) return !packed_rows<kBF16>(m, first, width, in, out, ldo);

@@ -10,6 +10,7 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 // v, from here on in a register: the compiler would rather read it again from memory for each use.
 INLINE Vec held(Vec v) {

@@ -456,4 +456,3 @@ def test_an_llm_on_a_cpu_computes_in_fp32_whatever_the_checkpoint_is_in(model: T
     save_checkpoint(load_model(tmp_path / "fp32", dtype=torch.bfloat16), tmp_path)
     assert load_model(tmp_path).dtype == torch.bfloat16
     assert LLM(tmp_path, device="cpu").model.dtype == torch.float32
-    assert LLM(tmp_path, device="cpu", dtype=torch.bfloat16).model.dtype == torch.bfloat16

@@ -17,10 +17,10 @@ from upwell.checkpoint import load_model
 from upwell.checkpoint.match import read_config
 from upwell.checkpoint.shards import read_shards
 from upwell.checkpoint.sniff import sniff
-from upwell.devices import dtype_on
 from upwell.engine import Tokenizer
 from upwell.errors import CheckpointError, InputError
 from upwell.model import Transformer
+from upwell.model.compiled import precision
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def evaluate(
     answered: list[bool] | None = None
     for path in paths:
         say(f"{path}: loading")
-        model = load_model(path, dtype=dtype_on(device, job.dtype), device=device)
+        held, products = precision(device, job.dtype, "exact")
+        model = load_model(path, dtype=held, device=device)
+        model.multiply_in(products)
         tokenizer = Tokenizer.from_directory(path)
         if tokenizer is None:
             raise CheckpointError(f"{path}: has no tokenizer.json", "put the model's own beside its weights")

@@ -47,8 +47,9 @@ def result(
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
                     "memory_gib": round(_memory() / 2**30, 1), "system": platform.platform(),
                     "device": str(model.device)},
-        "model": {"path": where, "dtype": str(model.dtype)[6:], "layers": len(model.layers),
-                  "hidden_size": model.config.hidden_size, "vocab_size": model.config.vocab_size},
+        "model": {"path": where, "dtype": str(model.dtype)[6:], "products": str(model.products)[6:],
+                  "layers": len(model.layers), "hidden_size": model.config.hidden_size,
+                  "vocab_size": model.config.vocab_size},
         "rows": rows,
     }  # fmt: skip
 
@@ -56,8 +57,9 @@ def result(
 def header(record: dict[str, Any]) -> str:
     """Model, machine and build, two lines."""
     model, machine, build = record["model"], record["machine"], record["build"]
+    products = ", products in bfloat16" if model["products"] == "bfloat16" else ""
     return (
-        f"{model['path']}: {model['layers']} layers, hidden {model['hidden_size']}, {model['dtype']} on "
+        f"{model['path']}: {model['layers']} layers, hidden {model['hidden_size']}, {model['dtype']}{products} on "
         f"{machine['device']}\n{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; upwell "
         f"{build['upwell']} {build['commit']}, torch {build['torch']}; {build['kernels']}"
     )

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--questions", type=Path, metavar="DIR",
                         help="nano's test set: benchmarks/questions of a checkout; its judge.py is run")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto (FP32 on the CPU), float32, bfloat16 (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="as `upwell serve` takes it (default: auto)")
     parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
 
 

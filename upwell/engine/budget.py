@@ -8,7 +8,7 @@ prompt's token takes.
 
 from __future__ import annotations
 
-STRETCH = 2.5  # times as long as decoding alone a step may take that computes prompt tokens too
+STRETCH = 2.0  # times as long as decoding alone a step may take that computes prompt tokens too
 LEAST = 16  # prompt tokens, whatever they take: a prompt must get done
 _KEEP = 0.9  # of what is known, a step
 _HICCUP = 2.0  # times as long as expected: what a step takes beyond that doesn't count

@@ -353,16 +353,19 @@ class Engine:
     def _verify(self, speculator: Speculator, drafts: list[Draft]) -> None:
         streams = self.runner.verify([d.sequence for d in drafts], [d.tokens for d in drafts])
         counts = [len(d.tokens) + d.is_open for d in drafts]
+        begins = list(itertools.accumulate((len(d.tokens) + 1 for d in drafts), initial=0))
         rows = [(d, k) for d, n in zip(drafts, counts, strict=True) for k in range(n)]
-        logits = self.runner.logits(torch.cat([part[:n] for part, n in zip(streams, counts, strict=True)]))
+        at = [begin + k for begin, n in zip(begins, counts, strict=False) for k in range(n)]
+        logits = self.runner.logits(streams if len(at) == len(streams) else streams[at])
         allowed, ahead = [d.allowed[k] for d, k in rows], [d.tokens[:k] for d, k in rows]
         draws = iter(sample(logits, [d.sequence for d, _ in rows], allowed, ahead))
         taken, accepted = [], []
-        for draft, count, part in zip(drafts, counts, streams, strict=True):
+        for draft, count, begin in zip(drafts, counts, begins, strict=False):
             own = [next(draws) for _ in range(count)]
             accepted.append(_agreeing(own, draft.tokens))
             taken.append(own[: accepted[-1] + 1])
-            speculator.read(draft.sequence, draft.sequence.computed, part[: len(taken[-1])])
+            if draft.sequence.unread is not None:
+                speculator.read(draft.sequence, draft.sequence.computed, streams[begin : begin + len(taken[-1])])
         speculator.settle(drafts, accepted)
         for draft, own in zip(drafts, taken, strict=True):
             self.scheduler.computed(draft.sequence, 1)

@@ -23,8 +23,8 @@ def fingerprint(model: Transformer) -> str:
     """
     told = hashlib.blake2b(digest_size=16)
     isa = "" if (lib := native.library()) is None else lib.upwell_isa().decode()
-    about = (model.config, model.numerics, model.dtype, model.device.type, upwell.__version__, torch.__version__, isa)
-    told.update(repr(about).encode())
+    computes = (model.numerics, model.dtype, model.products, model.device.type)
+    told.update(repr((model.config, *computes, upwell.__version__, torch.__version__, isa)).encode())
     if model.pages is not None:
         told.update(model.pages.identity().encode())
     whole = sum(tensor.nbytes for _, tensor in _weights(model)) <= _WHOLE

@@ -27,12 +27,13 @@ from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: 
 from upwell.checkpoint.load import load_part
 from upwell.checkpoint.match import read_config
 from upwell.config import ModelConfig, Numerics
-from upwell.devices import dtype_on, resolve_device
+from upwell.devices import resolve_device
 from upwell.devices.collectives import BACKENDS, Group
 from upwell.devices.control import Follow, Lead, Message
 from upwell.errors import DeviceError, InputError, RankError
 from upwell.model import snapshot
 from upwell.model.cache import KVCache, SavedRings, Step
+from upwell.model.compiled import precision
 from upwell.model.parallel import ParallelTransformer, Ranks
 from upwell.model.placement import Placement
 from upwell.model.sharding import Shard
@@ -286,7 +287,10 @@ def _load(about: dict[str, Any], rank: int, store: Store, why: Callable[[], Rank
         return Ranks(shard, Group(rank, shard.world, why), Group(rank % tp, tp, why))
 
     dtype = None if about["dtype"] is None else _DTYPES[about["dtype"]]
-    return load_part(about["path"], ranks, dtype_on(device, dtype), device, about["numerics"])
+    held, products = precision(device, dtype, about["numerics"])
+    part = load_part(about["path"], ranks, held, device, about["numerics"])
+    part.multiply_in(products)
+    return part
 
 
 def _join(ranks: Ranks, store: Store, kind: str) -> None:

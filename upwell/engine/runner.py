@@ -39,10 +39,9 @@ class Runner:
         return streams
 
     @torch.inference_mode()
-    def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> list[Tensor]:
-        """Each sequence's last token and its drafted ones -> streams [1 + drafted, h, D] of each sequence."""
-        rows = [[s.output[-1], *tokens] for s, tokens in zip(sequences, drafts, strict=True)]
-        return list(self._extend(sequences, rows).split([len(row) for row in rows]))
+    def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> Tensor:
+        """Each sequence's last token and its drafted ones -> streams [T, h, D], one sequence after another."""
+        return self._extend(sequences, [[s.output[-1], *tokens] for s, tokens in zip(sequences, drafts, strict=True)])
 
     def _extend(self, sequences: list[Sequence], tokens: list[list[int]]) -> Tensor:
         """Compute these tokens of each sequence -> streams [T, h, D], one sequence after another."""

@@ -13,11 +13,12 @@ from upwell.checkpoint.load import load_model
 from upwell.checkpoint.match import read_config
 from upwell.checkpoint.offload import Offload
 from upwell.config import ModelConfig, Numerics
-from upwell.devices import dtype_on, resolve_device
+from upwell.devices import resolve_device
 from upwell.devices.control import Lead
 from upwell.engine import ranks
 from upwell.errors import InputError
 from upwell.model import Transformer
+from upwell.model.compiled import precision
 from upwell.model.placement import ExpertLoad, place
 
 
@@ -57,7 +58,9 @@ def open_model(
             counted = ExpertLoad.read(load, names, config.n_routed_experts)
     if max(tp, ep) == 1:
         where = resolve_device(device)
-        model = load_model(path, dtype_on(where, dtype), where, numerics, offload)
+        held, products = precision(where, dtype, numerics)
+        model = load_model(path, held, where, numerics, offload)
+        model.multiply_in(products)
         if load is None:
             return OpenModel(model, lambda: None)
         counts = model.count_experts()

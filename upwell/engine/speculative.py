@@ -33,8 +33,8 @@ from upwell.model.cache import SavedRings
 MOST_DRAFTS = 7  # what the compressor's shortest ring gives back; with the token before them, 8 rows a product
 _MTP_DEPTH = 3
 _LOOKUPS = (0, 1, 2, 4, MOST_DRAFTS)
-_BARREN = 16  # steps in a row without a draft, after which only each _SELDOM-th looks for one
-_SELDOM = 8
+_BARREN = 16  # looks in a row of which no draft came true, after which they become rare
+_SELDOM = 8, 128  # steps between looks then: at first, and at most; each one in vain doubles it
 _LAG = 8  # tokens that MTP may fall behind while drafting doesn't pay, before this sequence goes without it
 
 
@@ -102,7 +102,8 @@ class Speculator:
         self._mtp, self._lookup = Acceptance(_MTP_DEPTH), Acceptance(MOST_DRAFTS)
         self._paces: dict[int, tuple[Pace, Pace]] = {}  # by batch size: of MTP and of lookups
         self._idle = 0  # steps since MTP last drafted
-        self._barren = 0  # steps since anything was proposed
+        self._barren = 0  # looks since a draft came true
+        self._until = 0  # steps until the next look
         self._began = 0.0
         self._saved: SavedRings | None = None
         self.proposed = self.accepted = 0
@@ -111,12 +112,10 @@ class Speculator:
                 getattr(block, name).keep_decoded(self._model.dtype)
 
     def looks(self, sequences: Items[Sequence]) -> bool:
-        """Whether this step is to look for drafts. Where none were worth it for a while, looking would only cost; what
-        a mask forces always is."""
-        if self._barren < _BARREN or any(s.mask is not None for s in sequences):
-            return True
-        self._barren += 1
-        return self._barren % _SELDOM == 0
+        """Whether this step is to look for drafts: where none came true for a while, looking mostly costs. What a mask
+        forces is always worth it."""
+        self._until -= 1
+        return self._until < 0 or any(s.mask is not None for s in sequences)
 
     @property
     def rests(self) -> bool:
@@ -128,17 +127,22 @@ class Speculator:
         """A draft for each decoding sequence; without tokens where nothing is worth proposing."""
         self._began, self._saved = time.perf_counter(), None
         drafts = [Draft(s, self._room(s)) for s in sequences]
-        if not self._look_up(drafts):
-            self._ask_mtp(drafts)
+        if self._until < 0:
+            self._look(drafts)
         for draft in drafts:
             while len(draft.tokens) < draft.room and (token := draft.forced()) is not None:
                 draft.add(token)
             draft.look()
-        proposed = any(d.tokens for d in drafts)
-        self._barren = 0 if proposed else self._barren + 1
-        if self._saved is None and proposed:
+        if self._saved is None and any(d.tokens for d in drafts):
             self._save(drafts)
         return drafts
+
+    def _look(self, drafts: list[Draft]) -> None:
+        if not self._look_up(drafts):
+            self._ask_mtp(drafts)
+        self._barren += 1
+        first, most = _SELDOM
+        self._until = min(most, first << min(8, self._barren - _BARREN)) if self._barren >= _BARREN else 0
 
     @torch.inference_mode()
     def settle(self, drafts: Items[Draft], accepted: Items[int]) -> None:
@@ -148,6 +152,8 @@ class Speculator:
             lost += range(draft.saved_at + count, draft.saved_at + len(draft.tokens))
             self.proposed += len(draft.tokens)
             self.accepted += count
+            if min(count, draft.by_mtp + draft.by_lookup):
+                self._barren = self._until = 0
             if draft.by_mtp:
                 self._mtp.saw(draft.by_mtp, min(count, draft.by_mtp))
             if draft.by_lookup:

@@ -1,7 +1,8 @@
 """The model's layers and head through the C++ kernels: same results as the modules, one call for all layers.
 
 A plan holds the addresses of a model's weights. It serves FP32 activations on CPU without gradient, numerics
-"exact", weights in any format; everything else runs in the modules.
+"exact", weights in any format; everything else runs in the modules. Products are FP32's, or round their operands to
+BF16 where the model is told to (Transformer.multiply_in).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from upwell.config import BLOCK_TOKENS
+from upwell.devices import dtype_on
 from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.offload import GUESSED_TOKENS, Callbacks
 from upwell.ops import experts_native, native
@@ -36,7 +38,6 @@ _PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held 
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _DECODED_BYTES = 128 << 20  # packed models up to this size in FP32 are held so, too, for calls of many tokens
 _ARENA = 1 << 23  # floats
-_PANELS = 4
 _SEQUENCE = 5  # words of a Sequence
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
@@ -75,12 +76,16 @@ class Plan:
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
-    decoded: tuple[native.Model, Any] | None = None  # model and layers of small packed weights as FP32
+    decoded: tuple[native.Model, Any, list[Any]] | None = None  # small packed weights in panels: model, layers, MTP
 
-    def of(self, tokens: int, threads: int) -> tuple[native.Model, Any]:
-        """Model and layers for a call of so many tokens."""
-        many = tokens >= threads * (3 if threads <= 2 else 12)  # see by_tokens (csrc/blocks.h)
-        return self.decoded if self.decoded and many else (self.model, self.layers)
+    def of(self, tokens: int, threads: int, mtp: int | None = None) -> tuple[native.Model, Any]:
+        """Model and layers (or those of an MTP block) for a call of so many tokens."""
+        model, layers, blocks = self.model, self.layers, self.mtp
+        if self.decoded:
+            many = tokens >= threads * (3 if threads <= 2 else 12)  # see by_tokens (csrc/blocks.h)
+            if many or (self.decoded[0].rounds and native.bf16_dots()):
+                model, layers, blocks = self.decoded
+        return model, layers if mtp is None else blocks[mtp]
 
     def room(self, nbytes: int) -> int:
         if self.workspace.numel() * 4 < nbytes:
@@ -90,10 +95,10 @@ class Plan:
 
 class _Builder:
     """Collects the addresses of a model's tensors. `pack`: whether FP32 matrices are copied into panels; `decode`:
-    whether others are, decoded."""
+    whether others are, decoded; `rounds`: panels are BF16's."""
 
-    def __init__(self, pack: bool, decode: bool = False) -> None:
-        self.pack, self.decode = pack, decode
+    def __init__(self, pack: bool, rounds: bool, decode: bool = False) -> None:
+        self.pack, self.rounds, self.decode = pack, rounds, decode
         self.kept: list[Any] = []
         self.formats: set[int] = set()
         self.weights = 0  # of the matrices
@@ -121,26 +126,28 @@ class _Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def panels(self, weight: Tensor, groups: int) -> native.Matrix:
-        """Each group's rows packed for the kernels (csrc/layout.h)."""
+    def panels(self, weight: Tensor, groups: int, exact: bool = False) -> native.Matrix:
+        """Each group's rows packed for the kernels (csrc/layout.h). exact: as FP32 in any case."""
         rows, cols = weight.shape[0] // groups, weight.shape[1]
-        size = -(-rows // native.PANEL) * native.PANEL * cols
+        pairs = self.rounds and not exact
+        size = -(-rows // native.PANEL) * native.PANEL * (-(-cols // 2) if pairs else cols)
         if self.used + groups * size > self.arena.numel():
             self.arena, self.used = untouched((max(_ARENA, groups * size),)), 0
             self.kept.append(self.arena)
         at = self.arena.data_ptr() + 4 * self.used
         lib = native.library()
         assert lib is not None
+        pack = lib.upwell_pack_pairs if pairs else lib.upwell_pack
         for group in range(groups):
-            lib.upwell_pack(weight[group * rows :].data_ptr(), rows, cols, at + 4 * group * size)
+            pack(weight[group * rows :].data_ptr(), rows, cols, at + 4 * group * size)
         self.used += -(-groups * size // 16) * 16
-        return native.Matrix(at, None, groups * rows, cols, _PANELS)
+        return native.Matrix(at, None, groups * rows, cols, native.PAIRS if pairs else native.PANELS)
 
-    def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1) -> native.Matrix:
+    def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1, exact: bool = False) -> native.Matrix:
         if self.decode:
             weight = dense_weight(weight, scale, torch.float32).contiguous()
         if self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
-            made = self.panels(weight, groups)
+            made = self.panels(weight, groups, exact)
         else:
             made = self.raw(weight, scale)
         self.formats.add(made.format)
@@ -234,7 +241,7 @@ class _Builder:
             out.index_compressor = self.compressor(attn.indexer.compressor)
             out.index_wq_b = self.linear(attn.indexer.wq_b)
             out.index_weights = self.linear(attn.indexer.weights_proj)
-        out.gate = self.matrix(self.watch(gate, "weight", True), None)
+        out.gate = self.matrix(self.watch(gate, "weight", True), None, exact=True)  # no choice hangs by rounding
         if gate.bias is not None:
             out.gate_bias = self.vector(gate, "bias")
         if gate.tid2eid is not None:
@@ -244,6 +251,17 @@ class _Builder:
             out.tid2eid = self.address(table)
         out.experts = self.experts(block.ffn)
         return out
+
+
+def precision(
+    device: torch.device, dtype: torch.dtype | None, numerics: str
+) -> tuple[torch.dtype | None, torch.dtype]:
+    """In what a model asked for in `dtype` is held and multiplied: BF16 on a CPU with kernels is FP32 with products of
+    BF16 operands."""
+    held = dtype_on(device, dtype)
+    if held == torch.bfloat16 and device.type == "cpu" and numerics == "exact" and native.library() is not None:
+        return torch.float32, torch.bfloat16
+    return held, torch.float32
 
 
 def plan(model: Transformer, step: Step | None = None, heads: bool = False) -> Plan | None:
@@ -281,15 +299,16 @@ def _make(model: Transformer) -> Plan | None:
         or c.hc_mult > 8 or c.o_groups > 64 or c.qk_rope_head_dim > 512
     ):  # fmt: skip
         return None
-    build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES)
+    rounds = model.products == torch.bfloat16
+    build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES, rounds)
     blocks: list[Any] = list(model.layers)
     dense = max(_dense_bytes(block) for block in blocks)
     shape = native.Model(
         c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window,
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
         c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
-        blocks[0].ffn.shared_experts.w1.out_features, c.hc_sinkhorn_iters, model.head.out_features, c.csa_ratio, 0,
-        c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
+        blocks[0].ffn.shared_experts.w1.out_features, c.hc_sinkhorn_iters, model.head.out_features, c.csa_ratio,
+        int(rounds), 0, c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
         build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
     )  # fmt: skip
     try:
@@ -300,7 +319,8 @@ def _make(model: Transformer) -> Plan | None:
         head, *mtp_heads = (build.head(shape, owner, out) for owner in (model, *model.mtp))
     except _Unsupported:
         return None
-    shape.by_tokens = int(not is_part and build.formats == {_PANELS} and dense <= _CACHED_BYTES)
+    are_panels = build.formats <= {native.PANELS, native.PAIRS}
+    shape.by_tokens = int(not is_part and are_panels and dense <= _CACHED_BYTES)
     watches = _Watch(build.watched[:count]), _Watch(build.watched[count:])
     callbacks = []
     if model.pages is not None:
@@ -308,9 +328,12 @@ def _make(model: Transformer) -> Plan | None:
         callbacks = [Callbacks(model.pages, tables[:n], 0)]
         callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
     made = Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches, callbacks)
-    if not (is_part or callbacks or build.formats == {_PANELS}) and 4 * build.weights <= _DECODED_BYTES:
-        wide, of_many = _Builder(True, decode=True), native.Model.from_buffer_copy(shape)
-        made.decoded = of_many, (native.Layer * len(blocks))(*(wide.layer(block) for block in blocks))
+    if not (is_part or callbacks or are_panels) and 4 * build.weights <= _DECODED_BYTES:
+        wide, of_many = _Builder(True, rounds, decode=True), native.Model.from_buffer_copy(shape)
+        made.decoded = (
+            of_many, (native.Layer * len(blocks))(*(wide.layer(block) for block in blocks)),
+            [(native.Layer * 1)(wide.layer(block)) for block in model.mtp],  # type: ignore[arg-type]
+        )  # fmt: skip
         of_many.by_tokens = int(dense <= _CACHED_BYTES)
         made.kept += wide.kept
     return made
@@ -407,14 +430,12 @@ def run_layers(
     if streams is None:
         streams = torch.empty(ids.shape[0], plan.model.streams, plan.model.hidden)
     with plan.lock:
-        layers, caches = structs(plan, cache, mtp)
+        _, caches = structs(plan, cache, mtp)
         table, stride = (None, 0) if embed is None else (embed.data_ptr(), embed.stride(0))
         counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
         for piece in pieces(input_ids, step):
             part, part_ids = streams[piece.rows], ids[piece.rows]
-            model = plan.model
-            if mtp is None:
-                model, layers = plan.of(piece.tokens, torch.get_num_threads())
+            model, layers = plan.of(piece.tokens, torch.get_num_threads(), mtp)
             call = native.Call(
                 pointer(model), layers, caches, len(layers), piece.address, piece.count, piece.tokens,
                 BLOCK_TOKENS, part_ids.data_ptr(), table, stride, part.data_ptr(), load=counts,

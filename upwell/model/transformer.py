@@ -79,6 +79,7 @@ class Transformer(nn.Module):
         self.config, self.numerics = config, numerics
         self.local = config  # the geometry of what is here of it
         self.expert_load: Tensor | None = None  # [layers + MTP blocks, E] INT64, where counted
+        self.products = torch.float32
         self.pages: Pages | None = None  # where experts are paged in from disk
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -103,6 +104,12 @@ class Transformer(nn.Module):
     def new_cache(self, blocks: int, slots: int) -> KVCache:
         """An empty cache for this model."""
         return KVCache(self.config, blocks, slots, self.dtype, self.device)
+
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """From now on the CPU kernels multiply in `dtype`, FP32 or BF16. In BF16 weights and what they multiply are
+        rounded to it, but for the router's and mHC's, and summed in FP32, in which all else stays."""
+        self.products = dtype
+        self.__dict__.pop("_plan", None)
 
     def count_experts(self) -> Tensor:
         """From now on, count how many tokens choose each expert: [layers + MTP blocks, E], at 0."""

@@ -1,7 +1,7 @@
 """The C++ kernels (csrc/): loading, choice of instruction set, threads, and the structs they are called with.
 
 A plain C library by ctypes, which releases the GIL during calls. Without it everything runs in plain PyTorch.
-UPWELL_KERNELS=off disables it; UPWELL_KERNELS=baseline|avx2|avx512|avx512vnni|dotprod forces an instruction set.
+UPWELL_KERNELS=off disables it; UPWELL_KERNELS=NAME, one of ISAS, forces an instruction set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from upwell.errors import UpwellError
 
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "dotprod")
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "dotprod")
 
 
 class Matrix(ctypes.Structure):
@@ -53,7 +53,7 @@ class Model(ctypes.Structure):
         *((name, c_int64) for name in (
             "hidden", "streams", "heads", "dim", "rope", "window", "q_rank", "o_rank", "groups", "index_heads",
             "index_dim", "index_topk", "experts", "experts_per_token", "inter", "shared_inter", "sinkhorn_iters",
-            "vocab", "csa_ratio", "by_tokens")),
+            "vocab", "csa_ratio", "rounds", "by_tokens")),
         *((name, c_double) for name in ("hc_eps", "norm_eps", "swiglu_limit", "routed_scaling")),
         ("freqs", c_void_p), ("compress_freqs", c_void_p),
     ]  # fmt: skip
@@ -107,7 +107,8 @@ class HeadCall(ctypes.Structure):
     ]  # fmt: skip
 
 
-PANEL = 32  # rows of a packed FP32 weight that lie interleaved (csrc/layout.h)
+PANEL = 32  # rows of a packed weight that lie interleaved (csrc/layout.h)
+PANELS, PAIRS = 4, 5  # formats of such weights: FP32, and BF16 by pairs of columns
 
 
 class ProductCall(ctypes.Structure):
@@ -136,6 +137,7 @@ def _loaded() -> ctypes.CDLL | None:
     lib.upwell_forward.argtypes, lib.upwell_forward.restype = [c_void_p], c_int64
     lib.upwell_head.argtypes, lib.upwell_head.restype = [c_void_p], None
     lib.upwell_pack.argtypes, lib.upwell_pack.restype = [c_void_p, c_int64, c_int64, c_void_p], None
+    lib.upwell_pack_pairs.argtypes, lib.upwell_pack_pairs.restype = [c_void_p, c_int64, c_int64, c_void_p], None
     lib.upwell_set_threads.argtypes = [c_int]
     lib.upwell_product.argtypes, lib.upwell_product.restype = [c_void_p], None
     lib.upwell_product_workspace_bytes.argtypes = [c_int64, c_int]
@@ -182,16 +184,31 @@ def library() -> ctypes.CDLL | None:
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear) -> [T, out] FP32."""
+def pairs(weight: torch.Tensor) -> torch.Tensor:
+    """A contiguous FP32 weight [out, in] rounded to BF16, as `product` takes it with `out`: INT32 [words]."""
+    lib = library()
+    assert lib is not None and weight.is_contiguous() and weight.dtype == torch.float32
+    rows, cols = weight.shape
+    packed = torch.empty(-(-rows // PANEL) * PANEL * (-(-cols // 2)), dtype=torch.int32)
+    lib.upwell_pack_pairs(weight.data_ptr(), rows, cols, packed.data_ptr())
+    return packed
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, out_features: int | None = None
+) -> torch.Tensor:
+    """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear) -> [T, out] FP32.
+
+    With `out_features`, weight is what `pairs` made, and x is rounded to BF16, too.
+    """
     lib = library()
     assert lib is not None and weight.is_contiguous() and x.dtype == torch.float32
-    rows, cols = weight.shape[0], x.shape[1]
+    rows, cols = out_features or weight.shape[0], x.shape[1]
     x, out, threads = x.contiguous(), torch.empty(x.shape[0], rows), torch.get_num_threads()
     scale = None if scale is None else scale.contiguous()
     workspace = torch.empty(lib.upwell_product_workspace_bytes(cols, threads) // 4)
     at = None if scale is None else scale.data_ptr()
-    matrix = Matrix(weight.data_ptr(), at, rows, cols, FORMATS[weight.dtype])
+    matrix = Matrix(weight.data_ptr(), at, rows, cols, FORMATS[weight.dtype] if out_features is None else PAIRS)
     lib.upwell_set_threads(threads)
     call = ProductCall(matrix, x.data_ptr(), x.shape[0], out.data_ptr(), workspace.data_ptr())
     lib.upwell_product(ctypes.addressof(call))
@@ -220,6 +237,12 @@ def set_isa(name: str) -> bool:
     """Force an instruction set (tests); False where this machine lacks it."""
     lib = library()
     return lib is not None and lib.upwell_set_isa(name.encode()) == 0
+
+
+def bf16_dots() -> bool:
+    """The kernels multiply BF16 by the CPU's own dot products, twice as fast as FP32."""
+    lib = library()
+    return lib is not None and lib.upwell_isa() == b"avx512bf16"
 
 
 def describe() -> str:

@@ -1,0 +1,173 @@
+"""Products of BF16 operands: single ones and whole models, against the plain operations with operands rounded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_kernels import BASE, cut, outputs, random_model
+from torch import Tensor
+
+from upwell.checkpoint import load_model, save_checkpoint
+from upwell.engine import LLM, SamplingParams
+from upwell.engine.fingerprint import fingerprint
+from upwell.engine.llm import nano_path
+from upwell.formats.fp4 import quantize_fp4
+from upwell.formats.fp8 import quantize_fp8
+from upwell.model import Transformer, compiled, layers, moe
+from upwell.ops import native
+from upwell.ops.linear import dense_weight
+from upwell.ops.moe import swiglu
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="rounding is the kernels'; none are built here")
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype)
+
+
+@needs_kernels
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_products_are_those_of_rounded_operands(isa: str, data: st.DataObject) -> None:
+    tokens, rows, cols = (data.draw(st.integers(1, most)) for most in (280, 90, 200))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    x, weight = torch.randn(tokens, cols, generator=generator), torch.randn(rows, cols, generator=generator)
+    a, b = rounded(x).double(), rounded(weight).double()
+    off = (native.product(x, native.pairs(weight), out_features=rows) - a @ b.T).abs()
+    assert (off <= 2e-6 * (a.abs() @ b.abs().T)).all()
+
+
+@needs_kernels
+def test_values_halfway_go_to_the_even_one(isa: str) -> None:
+    x = torch.tensor([[1 + 2**-8], [1 + 3 * 2**-8], [1 + 2**-8 + 2**-20], [-1 - 2**-8]])
+    want = torch.tensor([[1.0], [1 + 2**-6], [1 + 2**-7], [-1.0]])
+    assert torch.equal(native.product(x, native.pairs(torch.ones(1, 1)), out_features=1), want)
+    assert torch.equal(native.product(torch.ones(1, 1), native.pairs(x), out_features=4), want.T)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 0.0, 1e-41, 3e38])
+def test_extremes_are_where_plain_has_them(isa: str, value: float) -> None:
+    x, weight = torch.ones(3, 5), torch.ones(40, 5)
+    x[1, 2] = value
+    got = native.product(x, native.pairs(weight), out_features=40)
+    want = rounded(x) @ weight.T
+    assert torch.allclose(got, want, rtol=1e-6, atol=1e-30, equal_nan=True)
+    weight[7, 4] = value
+    got = native.product(torch.ones(2, 5), native.pairs(weight), out_features=40)
+    assert torch.allclose(got, torch.ones(2, 5) @ rounded(weight).T, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    return rounded(x) @ rounded(dense_weight(weight, scale, torch.float32)).T
+
+
+def plain_expert(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
+    return plain_linear(swiglu(plain_linear(x, w1), plain_linear(x, w3), limit), w2)
+
+
+def plain_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+    out, inter = torch.zeros_like(x), w2.shape[2]
+    for t, (chosen, shares) in enumerate(zip(experts.tolist(), weights, strict=True)):
+        for e, share in zip(chosen, shares, strict=True):
+            out[t] += share * plain_expert(x[t : t + 1], w13[e, :inter], w13[e, inter:], w2[e], limit)[0]
+    return out
+
+
+def plain(model: Transformer, ids: Tensor, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Logits by the modules with the operands rounded of all products but the router's and mHC's."""
+    bmm, groups = torch.bmm, model.config.o_groups  # wo_a's; mHC's go by tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "plan", lambda model, step=None, heads=False: None)
+        patch.setattr(layers, "linear", plain_linear)
+        patch.setattr(moe, "grouped_experts", plain_experts)
+        patch.setattr(torch, "bmm", lambda a, b: bmm(rounded(a), rounded(b)) if len(a) == groups else bmm(a, b))
+        return outputs(model, ids, cuts)[0]
+
+
+WIDE = dataclasses.replace(BASE, index_topk=80)  # every entry is taken: a choice may hang by rounding
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [[300], [1], [7, 1, 100, 33]])
+@torch.no_grad()
+def test_models_equal_the_modules_with_rounded_operands(
+    isa: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(WIDE, 1, 0.1)
+    total = 40 if sizes == [1] else 300
+    ids = torch.randint(0, 64, (2, total), generator=torch.Generator().manual_seed(2))
+    cuts = cut(total, sizes)
+    exact, _ = outputs(model, ids, cuts)
+    model.multiply_in(torch.bfloat16)
+    ours, want = outputs(model, ids, cuts)[0], plain(model, ids, cuts, monkeypatch)
+    scale = want.abs().max()
+    off = (ours - want).abs().amax(-1) / scale
+    assert off.median() <= 2e-4 and off.max() <= 5e-3
+    assert (exact - want).abs().amax(-1).median() / scale >= 1e-3  # so the bound tells rounding from none
+    model.multiply_in(torch.float32)
+    assert torch.equal(outputs(model, ids, cuts)[0], exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("decoded", [True, False])
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+@torch.no_grad()
+def test_packed_weights_give_the_same(isa: str, kind: str, decoded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In panels, or (larger models) in panels made on the way: 200 tokens are more than registers serve."""
+    if not decoded:
+        monkeypatch.setattr(compiled, "_DECODED_BYTES", 0)
+    config = dataclasses.replace(WIDE, hidden_size=160, moe_intermediate_size=96, q_lora_rank=64, num_hash_layers=3)
+    model, dense = (random_model(config, 3, 0.05) for _ in range(2))
+    quantize = quantize_fp8 if kind == "fp8" else quantize_fp4
+    for block, wide in zip(model.layers, dense.layers, strict=True):
+        routed, stacked, packed = block.ffn.experts, wide.ffn.experts, []
+        for e in range(config.n_routed_experts):
+            parts = dict(zip(("w1", "w3", "w2"), (*routed.w13[e].chunk(2), routed.w2[e]), strict=True))
+            packed.append({name: quantize(part.contiguous()) for name, part in parts.items()})
+            decode = {name: dense_weight(*pair, torch.float32) for name, pair in packed[-1].items()}
+            stacked.w13[e], stacked.w2[e] = torch.cat((decode["w1"], decode["w3"])), decode["w2"]
+        routed.pack(packed)
+    ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(2))
+    for each in (model, dense):
+        each.multiply_in(torch.bfloat16)
+    ours, want = outputs(model, ids, [200])[0], outputs(dense, ids, [200])[0]
+    # Few rows of an expert are multiplied in FP32 straight from their codes: as exact as that, or the same.
+    assert (ours - want).abs().max() <= (1e-5 if decoded else 2e-2) * want.abs().max()
+
+
+@needs_kernels
+def test_an_llm_in_bf16_holds_fp32_and_rounds(tmp_path: Path) -> None:
+    model = random_model(WIDE, 4, 0.1)
+    save_checkpoint(model, tmp_path, quantize=False)
+    llm, exact = LLM(tmp_path, device="cpu", dtype=torch.bfloat16), LLM(tmp_path, device="cpu")
+    assert (llm.model.dtype, llm.model.products) == (torch.float32, torch.bfloat16)
+    assert exact.model.products == torch.float32
+    assert fingerprint(llm.model) != fingerprint(exact.model)  # a prefix cache on disk must not mix them
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    prompt = {"prompt_token_ids": list(range(5, 50))}
+    alone = llm.generate(prompt, params)[0].outputs[0].token_ids
+    many = llm.generate([prompt, {"prompt_token_ids": [3, 4]}, prompt], params)
+    assert [many[i].outputs[0].token_ids for i in (0, 2)] == [alone, alone]
+
+
+def test_without_kernels_bf16_is_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    llm = LLM(device="cpu", dtype=torch.bfloat16)
+    assert (llm.model.dtype, llm.model.products) == (torch.bfloat16, torch.float32)
+
+
+@needs_kernels
+def test_nano_draws_what_it_draws_in_fp32() -> None:
+    """Most of it: its choices seldom hang by a BF16 rounding."""
+    held = load_model(nano_path(), dtype=torch.float32)
+    ids = torch.randint(2, held.config.vocab_size, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = outputs(held, ids, [200])[0].argmax(-1)
+        held.multiply_in(torch.bfloat16)
+        assert (outputs(held, ids, [200])[0].argmax(-1) == exact).float().mean() >= 0.9
