@@ -8,14 +8,17 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   int64_t t = 1;
   for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
   int64_t step = t;
+  const bool pairs = jobs[0].m.format == kPairs;  // rows that a thread has rounded serve all tiles, then come the next
+  if (pairs) step = min64(step, kPairRows);
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
   const int64_t run = t <= kPackedRows ? max64(1, min64(4, tiles / (32 * w.team.size))) : 1;
-  w.units((tiles + run - 1) / run * cuts, [&](int64_t u) {
-    for (int64_t i = u / cuts * run; i < min64(tiles, u / cuts * run + run); ++i) {
+  const int64_t runs = (tiles + run - 1) / run;
+  w.units(runs * cuts, [&](int64_t u) {
+    const int64_t begin = (pairs ? u % runs : u / cuts) * run, t0 = (pairs ? u / runs : u % cuts) * step;
+    for (int64_t i = begin; i < min64(tiles, begin + run); ++i) {
       int64_t tile = i;
-      const int64_t t0 = u % cuts * step;
       const Job* job = jobs;
       for (; tile >= (job->m.rows + kTile - 1) / kTile; ++job) tile -= (job->m.rows + kTile - 1) / kTile;
       const int64_t t1 = t0 + step < job->t ? t0 + step : job->t;
@@ -218,9 +221,9 @@ struct ByWeights : LayerPass {
     w.units(active * tiles + shared_tiles * cuts, [&](int64_t u) {
       const bool shared = u < shared_tiles * cuts;  // first, as these are the largest
       const int64_t e = shared ? E : chosen[(u - shared_tiles * cuts) / tiles];
-      const int64_t tile = shared ? u / cuts : (u - shared_tiles * cuts) % tiles;
+      const int64_t tile = shared ? u % shared_tiles : (u - shared_tiles * cuts) % tiles;
       const int64_t inter = shared ? m.shared_inter : m.inter;
-      const int64_t r0 = shared ? u % cuts * cut : b.group_start[e];
+      const int64_t r0 = shared ? u / shared_tiles * cut : b.group_start[e];
       const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];
       if (r0 == r1) return;
       const float* x = shared ? b.x : b.gathered;

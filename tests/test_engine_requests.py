@@ -222,6 +222,7 @@ def test_asyncio() -> None:
 def test_the_prompt_budget_holds_the_stretch() -> None:
     """Against a machine whose steps take 2 ms, 1 ms more a decoded sequence and 0.1 ms more a prompt token."""
     budget, noise = ChunkBudget(512), random.Random(0)
+    stretch, most_stretch = STRETCH
 
     def alone(decoding: int) -> float:
         return 0.002 + 0.001 * decoding
@@ -237,21 +238,25 @@ def test_the_prompt_budget_holds_the_stretch() -> None:
     step(0)  # prompts alone
     assert budget.tokens(1) == LEAST, "whether decoding takes any time isn't known"
     grown = [step(decoding) for decoding in range(1, 17) for _ in range(4)]
-    assert max(grown) < STRETCH + 1 and min(grown[8:]) > STRETCH - 1, "it never stops for a step to measure"
+    assert max(grown) < stretch + 1 and min(grown[8:]) > stretch - 1, "it never stops for a step to measure"
     for _ in range(1000):
         step(16, most=0)
-    assert budget.tokens(16) == pytest.approx((STRETCH - 1) * alone(16) / 0.0001, rel=0.15), "what prompts take is kept"
+    assert budget.tokens(16) == pytest.approx((stretch - 1) * alone(16) / 0.0001, rel=0.15), "what prompts take is kept"
     before = budget.tokens(16)
     step(16, slow=100)
     assert budget.tokens(16) >= before / 2, "a hiccup"
     settled = [step(decoding) for decoding in (16, 9, 3) for _ in range(25)]
-    assert sum(x > STRETCH + 1 for x in settled) <= 3 and min(settled[10:]) > 1.5
-    assert statistics.median(settled) == pytest.approx(STRETCH, rel=0.15)
+    assert sum(x > stretch + 1 for x in settled) <= 3 and min(settled[10:]) > 1.5
+    assert statistics.median(settled) == pytest.approx(stretch, rel=0.15)
+    assert budget.tokens(16, 16) == budget.tokens(16), "as many wait as read: half the time is theirs"
+    share = (budget.tokens(3, 9) + 1) / (budget.tokens(3, 3) + 1)
+    assert share == pytest.approx((3 * stretch - 1) / (stretch - 1), rel=0.1), "three times as many wait"
+    assert budget.tokens(3, 500) == budget.tokens(3, round(3 * most_stretch / stretch)), "however many wait"
     for _ in range(100):  # prompts become slow
         budget.measured(16, budget.tokens(16), 0.4)
         budget.measured(16, 0, alone(16))
     assert budget.tokens(16) == LEAST, "a prompt must get on"
-    assert ChunkBudget(8).tokens(1) == 8
+    assert ChunkBudget(4).tokens(1) == 4
 
 
 @pytest.mark.parametrize("ragged", [True, False])

@@ -1,4 +1,5 @@
-"""How many prompt tokens a step may compute beside decoding: so many that no one who reads along sees it stall.
+"""How many prompt tokens a step may compute beside decoding: so many that no one who reads along sees it stall, and
+that those who still wait for a first token, if they are more than the readers, get their share of its time.
 
 A step that decodes d sequences beside p prompt tokens takes about a + b d + c p seconds. The three are fitted to the
 steps that were, as a share of what each was expected to take, the latest most. Steps of either kind, with prompt
@@ -8,8 +9,8 @@ prompt's token takes.
 
 from __future__ import annotations
 
-STRETCH = 2.0  # times as long as decoding alone a step may take that computes prompt tokens too
-LEAST = 16  # prompt tokens, whatever they take: a prompt must get done
+STRETCH = 2.0, 8.0  # times as long as decoding alone a step may take that computes prompts too: one, and very many
+LEAST = 8  # prompt tokens, whatever they take: a prompt must get done
 _KEEP = 0.9  # of what is known, a step
 _HICCUP = 2.0  # times as long as expected: what a step takes beyond that doesn't count
 _RIDGE = (1e-3, 1e-3, 1e-9)  # what steps haven't told apart goes to the prompt tokens' account
@@ -26,11 +27,13 @@ class ChunkBudget:
         self._sums: tuple[list[Row], list[Row]] = (_zeros(), _zeros())
         self._fit = [0.0, 0.0, 0.0]
 
-    def tokens(self, decoding: int) -> int:
-        """Prompt tokens for a step that decodes `decoding` sequences."""
+    def tokens(self, decoding: int, prompts: int = 1) -> int:
+        """Prompt tokens for a step that decodes `decoding` sequences while `prompts` prompts aren't through."""
         self._fit = _solved([[x + y for x, y in zip(*rows, strict=True)] for rows in zip(*self._sums, strict=True)])
         fixed, each, prompt = self._fit
-        room = (STRETCH - 1) * (fixed + each * decoding)
+        few, many = STRETCH
+        stretch = min(many, few * max(1.0, prompts / decoding))  # those who wait for a first token, by their number
+        room = (stretch - 1) * (fixed + each * decoding)
         return min(self._most, max(LEAST, int(room / prompt) if prompt > 0 else 0))
 
     def measured(self, decoding: int, tokens: int, seconds: float) -> None:

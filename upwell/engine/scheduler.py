@@ -72,7 +72,7 @@ class Scheduler:
         self._admit()
         decode = [s for s in self.running if s.status is Status.DECODE]
         prompts = [s for s in self.running if s.status is Status.PREFILL]
-        tokens = min(self.chunk, budget.tokens(len(decode))) if decode and prompts else self.chunk
+        tokens = min(self.chunk, budget.tokens(len(decode), len(prompts))) if decode and prompts else self.chunk
         fresh = [s for s in prompts if s.restored is None]
         return Batch(decode, self._prefill(fresh, tokens), [s for s in prompts if s.restored is not None])
 
