@@ -94,11 +94,13 @@ WIDE = dataclasses.replace(BASE, index_topk=80)  # every entry is taken: a choic
 
 
 @needs_kernels
+@pytest.mark.parametrize("cached", [0, 8 << 20])  # layers cut by weights, and by tokens
 @pytest.mark.parametrize("sizes", [[300], [1], [7, 1, 100, 33]])
 @torch.no_grad()
 def test_models_equal_the_modules_with_rounded_operands(
-    isa: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    isa: str, sizes: list[int], cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compiled, "_CACHED_BYTES", cached)
     model = random_model(WIDE, 1, 0.1)
     total = 40 if sizes == [1] else 300
     ids = torch.randint(0, 64, (2, total), generator=torch.Generator().manual_seed(2))

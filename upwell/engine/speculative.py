@@ -215,8 +215,10 @@ class Speculator:
         self._saved = self._runner.cache.save([slot for slot, _ in pairs], [at for _, at in pairs])
 
     def _pace(self, batch: int) -> tuple[Pace, Pace]:
-        fresh = Pace(self._depths, self._mtp), Pace(self._lengths, self._lookup)
-        return self._paces.setdefault(batch.bit_length(), fresh)
+        size = batch.bit_length()
+        if size not in self._paces:
+            self._paces[size] = Pace(self._depths, self._mtp), Pace(self._lengths, self._lookup)
+        return self._paces[size]
 
     def _look_up(self, drafts: list[Draft]) -> bool:
         """Propose what the text itself suggests, where that has paid; False where nothing is."""
