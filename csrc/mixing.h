@@ -85,7 +85,9 @@ static void leave_streams(const Model& m, float* streams, const float* y, const 
     }
   };
   int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) columns(d, load, store);
+  // Lambdas, not load and store themselves: whose address is taken isn't inlined without optimization.
+  for (; d + kLanes <= n; d += kLanes)
+    columns(d, [](const float* p) { return load(p); }, [](float* p, Vec v) { store(p, v); });
   const int left = int(n - d);
   if (left > 0)
     columns(d, [&](const float* p) { return load_part(p, left); }, [&](float* p, Vec v) { store_part(p, v, left); });

@@ -126,6 +126,37 @@ void check_product(int64_t format, int64_t rows, int64_t cols, int64_t t, double
     }
 }
 
+float in_bf16(float x) {
+  const uint32_t bits = uint32_t(round_to_bf16(x)) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Weights in pairs of BF16 columns: the product of rounded operands.
+void check_pairs(int64_t rows, int64_t cols, int64_t t) {
+  const Weight w = random_weight(kF32, rows, cols, 127, 127);
+  std::vector<uint16_t> pairs(size_t((rows + kPanel - 1) / kPanel * kPanel * ((cols + 1) / 2 * 2)));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c)
+      pairs[size_t((r / kPanel * kPanel * ((cols + 1) / 2) + c / 2 * kPanel + r % kPanel) * 2 + c % 2)] =
+          round_to_bf16(float(w.dense[size_t(r * cols + c)]));
+  Weight packed;
+  packed.m = {pairs.data(), nullptr, rows, cols, kPairs};
+  std::vector<float> x(size_t(t * cols));
+  for (auto& v : x) v = float(normal());
+  const auto out = product(packed, x, t);
+  for (int64_t c = 0; c < t; ++c)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < cols; ++k) {
+        const double term = double(in_bf16(float(w.dense[size_t(r * cols + k)]))) * in_bf16(x[size_t(c * cols + k)]);
+        sum += term, size += std::fabs(term);
+      }
+      expect(std::fabs(out[size_t(c * rows + r)] - sum) <= 2e-6 * size, "product of pairs", out[size_t(c * rows + r)], sum);
+    }
+}
+
 void check_specials(int64_t format) {
   Weight w = random_weight(format, 5, 160, 120, 130);
   std::vector<float> x(160, 1.0f);
@@ -245,6 +276,7 @@ int main(int count, char** arguments) {
     check_product(format, 3, 2048, 1, 1, 100, 150);
     check_specials(format);
   }
+  for (int64_t t : {1, 2, 3, 5, 8, 13, 140}) check_pairs(1 + t * 3 % 97, 30 + t, t);
   for (int heads : {1, 3, 4, 5, kLanes})
     if (heads <= kLanes) check_attention(heads, 20 + 4 * heads, 8, 5 + 11 * heads);
   check_attention(kLanes, 512, 64, 130);
