@@ -41,8 +41,7 @@ class LLM:
     offload "experts=host" leaves the routed experts in host memory, computed there; "experts=disk" pages them in, with
     at most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
     dtype None: FP32 on a CPU, else as the checkpoint has it; bfloat16 on a CPU rounds the operands of its kernels'
-    products (docs/kernels.md). numerics "official"
-    rounds activations as the official code does.
+    products (docs/kernels.md). numerics "official" rounds activations as the official code does.
     `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
 
     tp, ep: so many processes, each with a part of the model (docs/parallel.md): tp splits heads and inner widths, ep
