@@ -47,6 +47,22 @@ const Choice* best() {
 
 const Choice* current = best();
 
+// weight [rows, cols] in panels, `together` columns at a time: out [ceil(rows / kPanel), ceil(cols / together), kPanel,
+// together]; what is missing is zero. By blocks of columns, so that reads and writes stay in L1.
+template <int together, class T, class F>
+void pack(const float* weight, int64_t rows, int64_t cols, T* out, F convert) {
+  constexpr int64_t kColumns = 64;
+  const int64_t padded = (cols + together - 1) / together * together;
+  for (int64_t first = 0; first < rows; first += kPanel, out += kPanel * padded)
+    for (int64_t k0 = 0; k0 < padded; k0 += kColumns) {
+      const int64_t k1 = k0 + kColumns < padded ? k0 + kColumns : padded;
+      for (int64_t r = 0; r < kPanel; ++r)
+        for (int64_t k = k0; k < k1; ++k)
+          out[(k / together * kPanel + r) * together + k % together] =
+              first + r < rows && k < cols ? convert(weight[(first + r) * cols + k]) : T(0);
+    }
+}
+
 }  // namespace
 }  // namespace upwell
 
@@ -57,6 +73,9 @@ const char* upwell_isa() { return upwell::current->name; }
 
 // Whether it multiplies FP4 by integer products of bytes.
 int upwell_byte_dots() { return upwell::current->kernels->byte_dots; }
+
+// Whether it has dot products of BF16 (simd.h).
+int upwell_bf16_dots() { return upwell::current->kernels->bf16_dots; }
 
 // Forces one: 0, or -1 where this machine or build lacks it.
 int upwell_set_isa(const char* name) {
@@ -70,27 +89,12 @@ int upwell_set_isa(const char* name) {
 
 // weight [rows, cols] as panels: out [ceil(rows / kPanel) * kPanel * cols].
 void upwell_pack(const float* weight, int64_t rows, int64_t cols, float* out) {
-  using upwell::kPanel;
-  constexpr int64_t kColumns = 64;
-  for (int64_t first = 0; first < rows; first += kPanel, out += kPanel * cols)
-    for (int64_t k0 = 0; k0 < cols; k0 += kColumns) {
-      const int64_t k1 = k0 + kColumns < cols ? k0 + kColumns : cols;
-      for (int64_t r = 0; r < kPanel; ++r)
-        for (int64_t k = k0; k < k1; ++k) out[k * kPanel + r] = first + r < rows ? weight[(first + r) * cols + k] : 0.0f;
-    }
+  upwell::pack<1>(weight, rows, cols, out, [](float x) { return x; });
 }
 
 // The same in BF16, rounded to nearest even, two columns at a time: out [ceil(rows / kPanel), ceil(cols / 2), kPanel, 2].
 void upwell_pack_pairs(const float* weight, int64_t rows, int64_t cols, uint16_t* out) {
-  using upwell::kPanel;
-  constexpr int64_t kColumns = 64;
-  for (int64_t first = 0; first < rows; first += kPanel, out += kPanel * ((cols + 1) / 2 * 2))
-    for (int64_t k0 = 0; k0 < cols; k0 += kColumns)
-      for (int64_t r = 0; r < kPanel; ++r)
-        for (int64_t k = k0; k < (k0 + kColumns < cols ? k0 + kColumns : (cols + 1) / 2 * 2); ++k) {
-          const bool is_weight = first + r < rows && k < cols;
-          out[(k / 2 * kPanel + r) * 2 + k % 2] = is_weight ? upwell::round_to_bf16(weight[(first + r) * cols + k]) : 0;
-        }
+  upwell::pack<2>(weight, rows, cols, out, upwell::round_to_bf16);
 }
 
 // Bytes of the structs as they were built: Python's mirror of them (ops/native.py) must agree.

@@ -105,17 +105,18 @@ static void dot_rows(const float* const* w, const float* x, int64_t ldx, int64_t
 }
 
 // MR input rows times kTile weight rows, b [n, LDB]: lanes along the weight rows. U steps at once where MR alone leaves
-// the multipliers waiting for their own results.
-template <int MR, int LDB, int U>
-INLINE void tile_steps(const float* x, int64_t ldx, const float* b, int64_t n, Vec (&out0)[MR], Vec (&out1)[MR]) {
+// the multipliers waiting for their own results. T: float, or int32_t for pairs of BF16 (pairs.h).
+template <int MR, int LDB, int U, class T>
+INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, Vec (&out0)[MR], Vec (&out1)[MR]) {
+  using Lanes = decltype(load(b));
   Vec acc0[U][MR] = {}, acc1[U][MR] = {};
-  const float *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
+  const T *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
   const int64_t l1 = ldx, l2 = 2 * ldx, l3 = 3 * ldx;
-#define UPWELL_STEP(row, value)          \
-  if (MR > (row)) {                      \
-    const Vec v = splat(value);          \
-    acc0[u][(row) % MR] += v * b0;       \
-    acc1[u][(row) % MR] += v * b1;       \
+#define UPWELL_STEP(row, value)                                       \
+  if (MR > (row)) {                                                   \
+    const Lanes v = (value) - Lanes{};                                \
+    acc0[u][(row) % MR] = multiply_add(acc0[u][(row) % MR], v, b0);   \
+    acc1[u][(row) % MR] = multiply_add(acc1[u][(row) % MR], v, b1);   \
   }
 #define UPWELL_STEPS                                                                                              \
   UPWELL_STEP(0, x0[u]) UPWELL_STEP(1, x0[l1 + u]) UPWELL_STEP(2, x0[l2 + u]) UPWELL_STEP(3, x0[l3 + u])          \
@@ -126,13 +127,13 @@ INLINE void tile_steps(const float* x, int64_t ldx, const float* b, int64_t n, V
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       if (MR <= kFewRows) __builtin_prefetch(b + u * LDB + kAhead), __builtin_prefetch(b + u * LDB + kAhead + kLanes);
-      const Vec b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
+      const Lanes b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
       UPWELL_STEPS
     }
   if (U > 1)
     for (; k < n; ++k, b += LDB, ++x0, ++x4, ++x8) {
       constexpr int u = 0;
-      const Vec b0 = load(b), b1 = load(b + kLanes);
+      const Lanes b0 = load(b), b1 = load(b + kLanes);
       UPWELL_STEPS
     }
 #undef UPWELL_STEPS
@@ -143,9 +144,10 @@ INLINE void tile_steps(const float* x, int64_t ldx, const float* b, int64_t n, V
   }
 }
 
-// width of kTile sums of each of MR rows.
-template <int MR>
-INLINE void store_tile(const Vec (&v0)[MR], const Vec (&v1)[MR], float* out, int64_t ldo, int width) {
+template <int MR, int LDB, class T>
+static void tile_rows(const T* x, int64_t ldx, const T* b, int64_t n, float* out, int64_t ldo, int width) {
+  Vec v0[MR], v1[MR];
+  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, v0, v1);
   for (int r = 0; r < MR; ++r) {
     float* o = out + r * ldo;
     if (width == kTile) {
@@ -158,13 +160,6 @@ INLINE void store_tile(const Vec (&v0)[MR], const Vec (&v1)[MR], float* out, int
       store_part(o, v0[r], width);
     }
   }
-}
-
-template <int MR, int LDB>
-static void tile_rows(const float* x, int64_t ldx, const float* b, int64_t n, float* out, int64_t ldo, int width) {
-  Vec v0[MR], v1[MR];
-  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, v0, v1);
-  store_tile<MR>(v0, v1, out, ldo, width);
 }
 
 #if defined(__aarch64__)
@@ -197,8 +192,8 @@ static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, fl
 }
 
 // t input rows times kTile weight rows, cut into row tiles of even heights.
-template <int LDB>
-static void times_tile(const float* x, int64_t ldx, int64_t t, const float* tile, int64_t n, float* out, int64_t ldo,
+template <int LDB, class T>
+static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_t n, float* out, int64_t ldo,
                        int width) {
   const int64_t tiles = (t + kRowTile - 1) / kRowTile;
   for (int64_t i = 0; i < tiles; ++i) {
@@ -233,9 +228,8 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
-  const bool rounds = inputs && (job.m.format == kPairs || (inputs->rounds && (job.m.format == kBF16 || job.m.format == kFP8 || job.m.format == kFP4)));
   if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, phase)) return;
-  if (rounds) {
+  if (inputs && (job.m.format == kPairs || (inputs->rounds && is_packed(job.m)))) {
     auto* pairs = reinterpret_cast<int32_t*>(tile);
     pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase);
     return;

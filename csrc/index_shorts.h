@@ -89,7 +89,7 @@ template <int H>
 INLINE void short_heads(const int32_t* q, const float* factor, int64_t pairs, const int32_t* keys, Vec& s0, Vec& s1) {
   VecI a0[H] = {}, a1[H] = {};
   for (int64_t k = 0; k < pairs; ++k) {
-    const VecI b0 = load_ints(keys + k * kTile), b1 = load_ints(keys + k * kTile + kLanes);
+    const VecI b0 = load(keys + k * kTile), b1 = load(keys + k * kTile + kLanes);
     for (int h = 0; h < H; ++h) {
       const VecI v = VecI{} + q[h * pairs + k];
       a0[h] = dot_pairs(a0[h], v, b0);
@@ -122,7 +122,7 @@ static int64_t select_sure(float* scores, int64_t n, int64_t k, float error, int
   int64_t sure = 0;
   count = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
-    const VecI key = load_ints(keys + i);
+    const VecI key = load(keys + i);
     unsigned bits = lane_bits(key >= low);
     if (bits == 0) continue;
     const unsigned over = lane_bits(key > high);

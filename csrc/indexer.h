@@ -95,7 +95,7 @@ static Cut cut_best(float* scores, int64_t n, int64_t k) {
     const int64_t middle = below + (top - below) / 2;
     const VecI bound = VecI{} + int32_t(middle);
     VecI count{};
-    for (int64_t i = 0; i < padded; i += kLanes) count -= load_ints(keys + i) > bound;
+    for (int64_t i = 0; i < padded; i += kLanes) count -= load(keys + i) > bound;
     int64_t above = 0;
     for (int i = 0; i < kLanes; ++i) above += count[i];
     if (above > k) below = middle;
@@ -112,7 +112,7 @@ static void select_best(float* scores, int64_t n, int64_t k, int32_t* picks) {
   int64_t equals = k - cut.above;  // of those equal to the bound, the first ones are taken
   const VecI bound = VecI{} + int32_t(cut.bound);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const VecI key = load_ints(keys + i);
+    const VecI key = load(keys + i);
     unsigned more = lane_bits(key > bound);
     for (unsigned same = equals > 0 ? lane_bits(key == bound) : 0; same != 0 && equals > 0; same &= same - 1, --equals)
       more |= same & -same;

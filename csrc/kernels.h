@@ -23,6 +23,7 @@ struct Kernels {
   int64_t (*product_workspace_bytes)(int64_t cols, int threads);
   int64_t (*experts_workspace_bytes)(const Model&, int64_t tokens, int threads);
   bool byte_dots;  // FP4 by integer products of bytes (packed_bytes.h)
+  bool bf16_dots;  // pairs of BF16 multiplied by the CPU (simd.h)
 };
 
 namespace baseline { extern const Kernels kernels; }

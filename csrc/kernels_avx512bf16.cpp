@@ -6,7 +6,7 @@
 // g++ reads a file before it heeds the pragma: no __AVX2__ here, so what the set has is said by name.
 #define UPWELL_BYTE_DOTS 1
 #define UPWELL_VNNI
-#define UPWELL_BF16_DOTS
+#define UPWELL_BF16_DOTS 1
 #define VECTOR_BYTES 64
 namespace upwell::avx512bf16 {
 #include "all.h"

@@ -17,6 +17,8 @@ struct Matrix {
   int64_t rows, cols, format;
 };
 
+inline bool is_packed(const Matrix& m) { return m.format == kBF16 || m.format == kFP8 || m.format == kFP4; }
+
 // x in BF16, to nearest even.
 inline uint16_t round_to_bf16(float x) {
   uint32_t bits;

@@ -319,7 +319,7 @@ static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs&
 // don't serve these values, and out is unspecified.
 __attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
                            int64_t ldo, Inputs& in, int phase) {
-  if (m.format == kF32 || m.format == kPanels || m.format == kPairs || t > kPackedRows || !plain_scales(m, first, width)) return false;
+  if (!is_packed(m) || t > kPackedRows || !plain_scales(m, first, width)) return false;
   prepare(in, m.format, x, ldx, t, m.cols, phase);
   if (!in.fits) return false;
   if (m.format == kBF16) return !packed_rows<kBF16>(m, first, width, in, out, ldo);

@@ -1,6 +1,10 @@
 // Vectors in the compiler's generic notation: the same source makes SSE2, AVX2, AVX-512 and NEON code.
 // Included inside a namespace of each instruction set, after VECTOR_BYTES is set; no include guard.
 
+#ifndef UPWELL_BF16_DOTS
+#define UPWELL_BF16_DOTS 0
+#endif
+
 constexpr int kLanes = VECTOR_BYTES / 4;
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(VECTOR_BYTES)));
@@ -10,7 +14,7 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
-INLINE VecI load_ints(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
+INLINE VecI load(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 // v, from here on in a register: the compiler would rather read it again from memory for each use.
 INLINE Vec held(Vec v) {
@@ -22,6 +26,19 @@ INLINE Vec held(Vec v) {
   asm("" : "+w"(v));
 #endif
   return v;
+}
+INLINE Vec multiply_add(Vec acc, Vec x, Vec w) { return acc + x * w; }
+// Of lanes that hold a pair of BF16 each: both products, summed in FP32.
+INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
+#if UPWELL_BF16_DOTS
+  __m512bh a, b;
+  __builtin_memcpy(&a, &x, 64);
+  __builtin_memcpy(&b, &w, 64);
+  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), a, b));
+#else
+  acc += reinterpret_cast<Vec>(x << 16) * reinterpret_cast<Vec>(w << 16);
+  return acc + reinterpret_cast<Vec>(x & int32_t(0xffff0000)) * reinterpret_cast<Vec>(w & int32_t(0xffff0000));
+#endif
 }
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec zero() { return Vec{}; }

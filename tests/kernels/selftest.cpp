@@ -108,22 +108,27 @@ std::vector<float> product(const Weight& w, const std::vector<float>& x, int64_t
   return out;
 }
 
-void check_product(int64_t format, int64_t rows, int64_t cols, int64_t t, double x_scale, int scale_from, int scale_to) {
-  const Weight w = random_weight(format, rows, cols, scale_from, scale_to);
-  std::vector<float> x(size_t(t * cols));
-  for (auto& v : x) v = float(normal() * x_scale);
-  const auto out = product(w, x, t);
-  const char* names[] = {"F32 product", "BF16 product", "FP8 product", "FP4 product"};
+// out [t, rows] is x [t, cols] times dense [rows, cols], within FP32's rounding of the terms.
+void expect_product(const std::vector<float>& out, const std::vector<double>& dense, const std::vector<float>& x,
+                    int64_t rows, int64_t cols, int64_t t, const char* name) {
   for (int64_t c = 0; c < t; ++c)
     for (int64_t r = 0; r < rows; ++r) {
       double sum = 0, size = 0;
       for (int64_t k = 0; k < cols; ++k) {
-        const double term = w.dense[size_t(r * cols + k)] * x[size_t(c * cols + k)];
+        const double term = dense[size_t(r * cols + k)] * x[size_t(c * cols + k)];
         sum += term, size += std::fabs(term);
       }
       const double off = std::fabs(out[size_t(c * rows + r)] - sum);
-      expect(off <= 2e-6 * size + 1e-44, names[format], out[size_t(c * rows + r)], sum);
+      expect(off <= 2e-6 * size + 1e-44, name, out[size_t(c * rows + r)], sum);
     }
+}
+
+void check_product(int64_t format, int64_t rows, int64_t cols, int64_t t, double x_scale, int scale_from, int scale_to) {
+  const Weight w = random_weight(format, rows, cols, scale_from, scale_to);
+  std::vector<float> x(size_t(t * cols));
+  for (auto& v : x) v = float(normal() * x_scale);
+  const char* names[] = {"F32 product", "BF16 product", "FP8 product", "FP4 product"};
+  expect_product(product(w, x, t), w.dense, x, rows, cols, t, names[format]);
 }
 
 float in_bf16(float x) {
@@ -135,26 +140,19 @@ float in_bf16(float x) {
 
 // Weights in pairs of BF16 columns: the product of rounded operands.
 void check_pairs(int64_t rows, int64_t cols, int64_t t) {
-  const Weight w = random_weight(kF32, rows, cols, 127, 127);
+  Weight w = random_weight(kF32, rows, cols, 127, 127);
   std::vector<uint16_t> pairs(size_t((rows + kPanel - 1) / kPanel * kPanel * ((cols + 1) / 2 * 2)));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c)
       pairs[size_t((r / kPanel * kPanel * ((cols + 1) / 2) + c / 2 * kPanel + r % kPanel) * 2 + c % 2)] =
           round_to_bf16(float(w.dense[size_t(r * cols + c)]));
-  Weight packed;
-  packed.m = {pairs.data(), nullptr, rows, cols, kPairs};
+  w.m = {pairs.data(), nullptr, rows, cols, kPairs};
   std::vector<float> x(size_t(t * cols));
   for (auto& v : x) v = float(normal());
-  const auto out = product(packed, x, t);
-  for (int64_t c = 0; c < t; ++c)
-    for (int64_t r = 0; r < rows; ++r) {
-      double sum = 0, size = 0;
-      for (int64_t k = 0; k < cols; ++k) {
-        const double term = double(in_bf16(float(w.dense[size_t(r * cols + k)]))) * in_bf16(x[size_t(c * cols + k)]);
-        sum += term, size += std::fabs(term);
-      }
-      expect(std::fabs(out[size_t(c * rows + r)] - sum) <= 2e-6 * size, "product of pairs", out[size_t(c * rows + r)], sum);
-    }
+  const auto out = product(w, x, t);
+  for (auto& v : x) v = in_bf16(v);
+  for (auto& v : w.dense) v = in_bf16(float(v));
+  expect_product(out, w.dense, x, rows, cols, t, "product of pairs");
 }
 
 void check_specials(int64_t format) {

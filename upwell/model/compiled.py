@@ -402,13 +402,13 @@ def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
         yield Piece(sequences, row, rows, tables)
 
 
-def structs(plan: Plan, cache: KVCache, mtp: int | None) -> tuple[Any, Any]:
-    """The layers and their caches, of the model or of MTP block `mtp`."""
+def caches_of(plan: Plan, cache: KVCache, mtp: int | None) -> Any:
+    """The layers' caches, of the model or of MTP block `mtp`."""
     caches = plan.caches.get(cache)
     if caches is None:
         caches = [_cache_layers(cache.layers), *(_cache_layers([layer]) for layer in cache.mtp)]
         plan.caches[cache] = caches
-    return (plan.layers, caches[0]) if mtp is None else (plan.mtp[mtp], caches[1 + mtp])
+    return caches[0 if mtp is None else 1 + mtp]
 
 
 def takes(cache: KVCache) -> bool:
@@ -430,7 +430,7 @@ def run_layers(
     if streams is None:
         streams = torch.empty(ids.shape[0], plan.model.streams, plan.model.hidden)
     with plan.lock:
-        _, caches = structs(plan, cache, mtp)
+        caches = caches_of(plan, cache, mtp)
         table, stride = (None, 0) if embed is None else (embed.data_ptr(), embed.stride(0))
         counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
         for piece in pieces(input_ids, step):

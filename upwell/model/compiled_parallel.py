@@ -32,8 +32,9 @@ def run_layers(
     out = torch.zeros(ids.numel(), h, hidden)
     blocks: list[Any] = list(model.layers) if mtp is None else [model.mtp[mtp]]
     with plan.lock:
-        layers, caches = compiled.structs(plan, cache, mtp)
+        caches = compiled.caches_of(plan, cache, mtp)
         for piece in compiled.pieces(input_ids, step):
+            _, layers = plan.of(piece.tokens, torch.get_num_threads(), mtp)
             split = share(model.ranks.world, piece.tokens)
             part_ids = ids[piece.rows]
             streams = begin(part_ids, piece.rows, split).contiguous()

@@ -242,7 +242,7 @@ def set_isa(name: str) -> bool:
 def bf16_dots() -> bool:
     """The kernels multiply BF16 by the CPU's own dot products, twice as fast as FP32."""
     lib = library()
-    return lib is not None and lib.upwell_isa() == b"avx512bf16"
+    return lib is not None and bool(lib.upwell_bf16_dots())
 
 
 def describe() -> str:
