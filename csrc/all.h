@@ -1,6 +1,7 @@
 #include "simd.h"
 #include "gemm.h"
 #include "attention.h"
+#include "attention_pairs.h"
 #include "indexer.h"
 #include "index_shorts.h"
 #include "mixing.h"

@@ -15,35 +15,65 @@ INLINE void rotate(float* x, const float* turn, int64_t rope, float sign) {
   }
 }
 
-// Not inlined: its R pointers need the registers. Returns the larger of `best` and the scores.
-template <int R>
-static __attribute__((noinline)) Vec score_rows(const float* const* rows, const float* qt, int64_t dim, float* out, Vec best) {
-  Vec acc[R];
-  const float* r[R];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) acc[i] = zero(), r[i] = rows[i];
-  for (int64_t k = 0; k < dim; ++k, qt += kLanes) {
-    const Vec q = load(qt);
-    for (int i = 0; i < R; ++i) acc[i] += splat(r[i][k]) * q;
+// What is multiplied is T: float, or int32_t, pairs of BF16 (pairs.h), where a CPU multiplies twice as many of them.
+template <class T>
+constexpr bool kOfPairs = false;
+template <>
+constexpr bool kOfPairs<int32_t> = true;
+template <class T>
+using Lanes = decltype(load(static_cast<const T*>(nullptr)));
+
+// kTwo: for at most half as many heads as lanes. Head h has lanes 2h and 2h + 1: of a query those are even and odd columns,
+// of scores even and odd rows. So no lane is idle where there are few heads, as for ranks that share them.
+template <bool kTwo, class T>
+INLINE Lanes<T> across(const T* p) {  // p[0] in all lanes, or p[0] and p[1] in turn
+  if constexpr (kTwo) {
+    typedef int64_t Doubles __attribute__((vector_size(VECTOR_BYTES)));
+    int64_t both;
+    __builtin_memcpy(&both, p, 8);
+    return reinterpret_cast<Lanes<T>>(Doubles{} + both);
+  } else {
+    return *p - Lanes<T>{};
   }
-  for (int i = 0; i < R; ++i) {
-    store(out + i * kLanes, acc[i]);
-    best = select(acc[i] > best, acc[i], best);
-  }
-  return best;
 }
 
-template <int H, int V>
-INLINE void weigh_rows(const float* const* rows, int64_t n, const float* probs, int64_t offset, int part, float* out,
-                       int64_t ldo, bool add) {
+// R rows times the heads of q [steps, kLanes] into R vectors of scores, or half as many. Not inlined: its R pointers need
+// the registers.
+template <int R, bool kTwo, class T>
+static __attribute__((noinline)) void score_rows(const T* const* rows, const T* q, int64_t steps, float* out) {
+  Vec acc[R];
+  const T* r[R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) acc[i] = zero(), r[i] = rows[i];
+  for (int64_t k = 0; k < steps; ++k, q += kLanes) {
+    const Lanes<T> heads = load(q);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) acc[i] = multiply_add(acc[i], across<kTwo>(r[i] + (kTwo ? 2 * k : k)), heads);
+  }
+  for (int i = 0; i < R; i += kTwo ? 2 : 1, out += kLanes) {
+    Vec v = acc[i];
+    if constexpr (kTwo) v = take_turns(v, acc[i + 1]) + swap_pairs(take_turns(acc[i + 1], v));
+    store(out, v);
+  }
+}
+
+// H heads' sums over n rows, of which each T holds one or (pairs) two, by probs as attend_as has them.
+template <int H, int V, bool kTwo, class T>
+INLINE void weigh_columns(const T* const* rows, int64_t n, const T* probs, int64_t offset, int part, float* out,
+                          int64_t ldo, bool add) {
+  constexpr bool kTurns = kTwo && !kOfPairs<T>;
   Vec acc[H][V] = {};
   for (int64_t j = 0; j < n; ++j) {
-    const float* row = rows[j] + offset;
-    Vec values[V];
-    for (int v = 0; v < V; ++v) values[v] = part ? load_part(row + v * kLanes, part) : load(row + v * kLanes);
+    const T* row = rows[j] + offset;
+    const T* p = kTurns ? probs + j / 2 * kLanes + j % 2 : probs + j * (kTwo ? kLanes / 2 : kLanes);
+    Lanes<T> values[V];
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kOfPairs<T>) values[v] = load(row + v * kLanes);  // padded
+      else values[v] = part ? load_part(row + v * kLanes, part) : load(row + v * kLanes);
+    }
     for (int h = 0; h < H; ++h) {
-      const Vec p = splat(probs[j * kLanes + h]);
-      for (int v = 0; v < V; ++v) acc[h][v] += p * values[v];
+      const Lanes<T> weight = across<false>(p + (kTurns ? 2 * h : h));
+      for (int v = 0; v < V; ++v) acc[h][v] = multiply_add(acc[h][v], weight, values[v]);
     }
   }
   for (int h = 0; h < H; ++h)
@@ -54,13 +84,13 @@ INLINE void weigh_rows(const float* const* rows, int64_t n, const float* probs, 
     }
 }
 
-template <int H>
-static void weigh(const float* const* rows, int64_t n, const float* probs, int64_t dim, float* out, bool add) {
+template <int H, bool kTwo, class T>
+static void weigh(const T* const* rows, int64_t n, const T* probs, int64_t dim, float* out, bool add) {
   constexpr int V = kLanes == 8 ? 2 : 4;
   int64_t d = 0;
-  for (; d + V * kLanes <= dim; d += V * kLanes) weigh_rows<H, V>(rows, n, probs, d, 0, out + d, dim, add);
-  for (; d + kLanes <= dim; d += kLanes) weigh_rows<H, 1>(rows, n, probs, d, 0, out + d, dim, add);
-  if (d < dim) weigh_rows<H, 1>(rows, n, probs, d, int(dim - d), out + d, dim, add);
+  for (; d + V * kLanes <= dim; d += V * kLanes) weigh_columns<H, V, kTwo>(rows, n, probs, d, 0, out + d, dim, add);
+  for (; d + kLanes <= dim; d += kLanes) weigh_columns<H, 1, kTwo>(rows, n, probs, d, 0, out + d, dim, add);
+  if (d < dim) weigh_columns<H, 1, kTwo>(rows, n, probs, d, int(dim - d), out + d, dim, add);
 }
 
 // q [heads, dim] into qt [dim, kLanes]: normed, scaled by dim^-1/2, the last rope dims rotated. Missing heads are zero.
@@ -89,35 +119,101 @@ static void query_lanes(const float* q, int heads, int64_t dim, float eps, const
   }
 }
 
+// qt [dim, kLanes] of query_lanes as score_rows takes it, in place. Returns the steps.
+template <bool kTwo, class T>
+static int64_t lay_out_query(float* qt, int64_t dim) {
+  int64_t n = dim;
+  auto join = [&](auto both) {
+    n /= 2;
+    for (int64_t k = 0; k < n; ++k) store(qt + k * kLanes, both(load(qt + 2 * k * kLanes), load(qt + (2 * k + 1) * kLanes)));
+  };
+  if constexpr (kOfPairs<T>) {
+    for (; n % 4; ++n) store(qt + n * kLanes, zero());
+    join([](Vec even, Vec odd) { return reinterpret_cast<Vec>(round_pairs(even, odd)); });
+  }
+  if constexpr (kTwo) join([](Vec even, Vec odd) { return low_turns(even, odd); });
+  return n;
+}
+
 // Sums of one query's heads over part of its rows: out [heads, dim] of exp(score - best) row, with best and total.
 struct Partial {
   Vec best, total;
 };
 constexpr int64_t kRowBlock = 64;  // rows that stay in L1 while all heads are summed over them
 
-// qt from query_lanes; scores [n * kLanes]: scratch. `best` to begin with (the sink, or -inf).
-static Partial attend_rows(const float* qt, int heads, int64_t dim, const float* const* rows, int64_t n, Vec best,
-                           float* scores, float* out) {
-  int64_t j = 0;
-  for (; j + 8 <= n; j += 8) {
-    for (int64_t i = j + 16; i < n && i < j + 24; ++i)  // rows lie anywhere: no hardware foresees them
-      for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(rows[i] + k);
-    best = score_rows<8>(rows + j, qt, dim, scores + j * kLanes, best);
+// What one query reads. rows: each by itself, for the scores; columns: the same for the sums, or (pairs) two rows each.
+template <class T>
+struct RowsRead {
+  const T *const *rows, *const *columns;
+  int64_t n;
+  int hidden = 0;  // rows that aren't the query's, though they lie among its own
+  int64_t hides[4] = {};
+
+  RowsRead part(int64_t first, int64_t count) const {
+    RowsRead own{rows + first, columns + first / (kOfPairs<T> ? 2 : 1), count};
+    for (int i = 0; i < hidden; ++i)
+      if (hides[i] >= first && hides[i] < first + count) own.hides[own.hidden++] = hides[i] - first;
+    return own;
   }
-  for (; j < n; ++j) best = score_rows<1>(rows + j, qt, dim, scores + j * kLanes, best);
+};
+
+// qt [(dim + kLanes) kLanes] from query_lanes, changed; scores [(n + 1) kLanes]: scratch. `best` to begin with (the sink,
+// or -inf).
+template <bool kTwo, class T>
+static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& read, Vec best, float* scores, float* out) {
+  constexpr int kRows = 8, kPer = kTwo ? 2 : 1, kStep = kTwo && !kOfPairs<T> ? 2 : 1;
+  const int64_t steps = lay_out_query<kTwo, T>(qt, dim), n = read.n;
+  const auto* q = reinterpret_cast<const T*>(qt);
+  int64_t j = 0;
+  for (; j + kRows <= n; j += kRows) {
+    for (int64_t i = j + 16; !kOfPairs<T> && i < n && i < j + 24; ++i)  // rows lie anywhere: no hardware foresees them
+      for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(read.rows[i] + k);
+    score_rows<kRows, kTwo>(read.rows + j, q, steps, scores + j / kPer * kLanes);
+  }
+  for (; j < n; j += kPer) {
+    const T* last[2] = {read.rows[j], read.rows[min64(j + 1, n - 1)]};
+    score_rows<kPer, kTwo>(last, q, steps, scores + j / kPer * kLanes);
+  }
+  auto hide = [&](int64_t row) {
+    const Vec none = splat(-__builtin_inff());
+    float* at = scores + row / kPer * kLanes;
+    store(at, !kTwo ? none : row % 2 ? take_turns(load(at), none) : take_turns(none, load(at)));
+  };
+  for (int i = 0; i < read.hidden; ++i) hide(read.hides[i]);
+  if (kTwo && n % 2) hide(n);
+  const int64_t vectors = (n + kPer - 1) / kPer;
+  best = larger(best, splat(-3e38f));  // where every row is hidden
+  if constexpr (kTwo) best = low_turns(best, best);
+  for (j = 0; j < vectors; ++j) best = larger(load(scores + j * kLanes), best);
+  if constexpr (kTwo) best = larger(swap_pairs(best), best);
   Vec total{};
-  for (j = 0; j < n; ++j) {
+  for (j = 0; j < vectors; ++j) {
     const Vec p = exp_below(load(scores + j * kLanes) - best);
     total += p;
     store(scores + j * kLanes, p);
   }
+  if constexpr (kTwo) total = every_second(total + swap_pairs(total)), best = every_second(best);
+  if constexpr (kOfPairs<T>)  // of neighbouring rows
+    for (j = 0; j < vectors; j += 2) {
+      const Vec a = load(scores + j * kLanes), b = j + 1 < vectors ? load(scores + (j + 1) * kLanes) : zero();
+      store(scores + j / 2 * kLanes, reinterpret_cast<Vec>(kTwo ? round_neighbours(a, b) : round_pairs(a, b)));
+    }
+  constexpr int64_t kEach = kOfPairs<T> ? 2 : 1;  // rows of a column
   for (j = 0; j == 0 || j < n; j += kRowBlock) {
-    const int64_t count = n - j < kRowBlock ? n - j : kRowBlock;
+    const int64_t count = (min64(n - j, kRowBlock) + kEach - 1) / kEach;
+    const auto* probs = reinterpret_cast<const T*>(scores) + j / kEach / (kTwo ? 2 : 1) * kLanes;
+    const T* const* columns = read.columns + j / kEach;
     int h = 0;
-    for (; h + 4 <= heads; h += 4) weigh<4>(rows + j, count, scores + j * kLanes + h, dim, out + h * dim, j > 0);
-    for (; h < heads; ++h) weigh<1>(rows + j, count, scores + j * kLanes + h, dim, out + h * dim, j > 0);
+    for (; h + 4 <= heads; h += 4) weigh<4, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
+    for (; h < heads; ++h) weigh<1, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
   }
   return {best, total};
+}
+
+template <class T>
+static Partial attend_rows(float* qt, int heads, int64_t dim, const RowsRead<T>& read, Vec best, float* scores, float* out) {
+  const bool two = heads <= kLanes / 2 && dim % 2 == 0;
+  return (two ? attend_as<true, T> : attend_as<false, T>)(qt, heads, dim, read, best, scores, out);
 }
 
 // out [heads, dim] times factor, rotated back.
@@ -127,13 +223,4 @@ INLINE void finish_heads(float* out, int heads, int64_t dim, Vec factor, const f
     map(out + h * dim, out + h * dim, dim, [&](Vec v, int64_t) { return v * f; });
     rotate(out + h * dim + dim - rope, turn, rope, -1.0f);
   }
-}
-
-// heads <= kLanes heads of one query q [heads, dim] over n rows -> out [heads, dim]. qt [dim * kLanes], scores: scratch.
-static void attend_query(const float* q, int heads, int64_t dim, float eps, const float* turn, int64_t rope,
-                         const float* sink, const float* const* rows, int64_t n, float* qt, float* scores, float* out) {
-  query_lanes(q, heads, dim, eps, turn, rope, qt);
-  const Vec sinks = load_part(sink, heads);
-  const Partial sum = attend_rows(qt, heads, dim, rows, n, sinks, scores, out);
-  finish_heads(out, heads, dim, 1.0f / (sum.total + exp_below(sinks - sum.best)), turn, rope);
 }

@@ -104,13 +104,13 @@ struct ByTokens : LayerPass {
 
   void attend(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
     const int64_t row = m.heads * m.dim + kSkew;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t rows = rows_of_query(l, c, t0 + i);
-      for (int64_t head = 0; head < m.heads; head += kLanes)
-        attend_query(o.q + i * row + head * m.dim, int(min64(m.heads - head, kLanes)), m.dim, float(m.norm_eps),
-                     turn(l, t0 + i), m.rope, l.sink + head, b.pointers, rows, b.qt, b.probs,
-                     o.attended + i * row + head * m.dim);
-    }
+    for (int64_t i = 0; i < n; ++i)
+      with_rows(l, c, t0 + i, [&](const auto& read) {
+        for (int64_t head = 0; head < m.heads; head += kLanes) {
+          const int64_t at = i * row + head * m.dim;
+          attend_query(l, t0 + i, o.q + at, head, read, o.attended + at);
+        }
+      });
   }
 
   void from_attention(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {

@@ -104,10 +104,18 @@ static void dot_rows(const float* const* w, const float* x, int64_t ldx, int64_t
   if (c < t) dot_tile<R, 1>(w, x + c * ldx, ldx, n, out + c * ldo, ldo);
 }
 
+// What is fetched while a panel is multiplied: for so many steps from `first` on, then from `then` on, `stride` bytes a step.
+struct Fetch {
+  const char* first;
+  int64_t steps;
+  const char* then;
+  int64_t stride;
+};
+
 // MR input rows times kTile weight rows, b [n, LDB]: lanes along the weight rows. U steps at once where MR alone leaves
 // the multipliers waiting for their own results. T: float, or int32_t for pairs of BF16 (pairs.h).
 template <int MR, int LDB, int U, class T>
-INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, Vec (&out0)[MR], Vec (&out1)[MR]) {
+INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, Vec (&out0)[MR], Vec (&out1)[MR]) {
   using Lanes = decltype(load(b));
   Vec acc0[U][MR] = {}, acc1[U][MR] = {};
   const T *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
@@ -122,14 +130,16 @@ INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, Vec (&out
   UPWELL_STEP(0, x0[u]) UPWELL_STEP(1, x0[l1 + u]) UPWELL_STEP(2, x0[l2 + u]) UPWELL_STEP(3, x0[l3 + u])          \
   UPWELL_STEP(4, x4[u]) UPWELL_STEP(5, x4[l1 + u]) UPWELL_STEP(6, x4[l2 + u]) UPWELL_STEP(7, x4[l3 + u])          \
   UPWELL_STEP(8, x8[u]) UPWELL_STEP(9, x8[l1 + u]) UPWELL_STEP(10, x8[l2 + u]) UPWELL_STEP(11, x8[l3 + u])
-  int64_t k = 0;
-  for (; k + U <= n; k += U, b += U * LDB, x0 += U, x4 += U, x8 += U)
+  int64_t k = 0, end = fetch.steps < n ? fetch.steps : n;
+  const char* at = fetch.first;
+  for (int part = 0; part < 2; ++part, end = n, at = fetch.then)
+    for (; k + U <= end; k += U, b += U * LDB, x0 += U, x4 += U, x8 += U, at += U * fetch.stride)
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      if (MR <= kFewRows) __builtin_prefetch(b + u * LDB + kAhead), __builtin_prefetch(b + u * LDB + kAhead + kLanes);
-      const Lanes b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
-      UPWELL_STEPS
-    }
+      for (int u = 0; u < U; ++u) {
+        __builtin_prefetch(at + u * fetch.stride), __builtin_prefetch(at + u * fetch.stride + 64);
+        const Lanes b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
+        UPWELL_STEPS
+      }
   if (U > 1)
     for (; k < n; ++k, b += LDB, ++x0, ++x4, ++x8) {
       constexpr int u = 0;
@@ -145,9 +155,9 @@ INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, Vec (&out
 }
 
 template <int MR, int LDB, class T>
-static void tile_rows(const T* x, int64_t ldx, const T* b, int64_t n, float* out, int64_t ldo, int width) {
+static void tile_rows(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, float* out, int64_t ldo, int width) {
   Vec v0[MR], v1[MR];
-  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, v0, v1);
+  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, fetch, v0, v1);
   for (int r = 0; r < MR; ++r) {
     float* o = out + r * ldo;
     if (width == kTile) {
@@ -191,17 +201,21 @@ static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, fl
   }
 }
 
-// t input rows times kTile weight rows, cut into row tiles of even heights.
+// t input rows times kTile weight rows, cut into row tiles of even heights. next: the panel that is multiplied after
+// this one; it comes from memory while later row tiles read this one from the cache.
 template <int LDB, class T>
-static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_t n, float* out, int64_t ldo,
-                       int width) {
-  const int64_t tiles = (t + kRowTile - 1) / kRowTile;
+static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_t n, const void* next, float* out,
+                       int64_t ldo, int width) {
+  const int64_t tiles = (t + kRowTile - 1) / kRowTile, step = LDB * sizeof(T), near = kAhead / LDB, left = max64(0, n - near);
+  const auto *here = reinterpret_cast<const char*>(tile), *there = static_cast<const char*>(next);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = t / tiles + (i < t % tiles);
+    Fetch fetch{here + near * step, left, there, step};  // of the next one only its beginning
+    if (i > 0) fetch = {there, 0, there + (near + left * (i - 1) / (tiles - 1)) * step, (step + tiles - 2) / (tiles - 1)};
     switch (rows) {
 #define UPWELL_ROWS(r)                                                                             \
   case r:                                                                                          \
-    if constexpr (r <= kRowTile) tile_rows<r, LDB>(x, ldx, tile, n, out, ldo, width);              \
+    if constexpr (r <= kRowTile) tile_rows<r, LDB>(x, ldx, tile, n, fetch, out, ldo, width);       \
     break;
       UPWELL_ROWS(1) UPWELL_ROWS(2) UPWELL_ROWS(3) UPWELL_ROWS(4) UPWELL_ROWS(5) UPWELL_ROWS(6)
       UPWELL_ROWS(7) UPWELL_ROWS(8) UPWELL_ROWS(9) UPWELL_ROWS(10) UPWELL_ROWS(11) UPWELL_ROWS(12)
@@ -209,6 +223,13 @@ static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_
     }
     x += rows * ldx, out += rows * ldo;
   }
+}
+
+// The panel of a weight row, null where the weight isn't in panels.
+static const void* panel_of(const Matrix& m, int64_t row) {
+  const int64_t steps = m.format == kPairs ? (m.cols + 1) / 2 : m.cols;
+  if (m.format != kPanels && m.format != kPairs) return nullptr;
+  return static_cast<const float*>(m.data) + row / kPanel * kPanel * steps + row % kPanel;
 }
 
 #include "pairs.h"
@@ -235,14 +256,15 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
     return;
   }
   if (job.m.format == kPanels) {
-    const float* panel = static_cast<const float*>(job.m.data) + first / kPanel * kPanel * n + first % kPanel;
-    times_tile<kPanel>(x, job.ldx, t, panel, n, out, job.ldo, width);
+    const auto* panel = static_cast<const float*>(panel_of(job.m, first));
+    const void* next = inputs && inputs->next ? inputs->next : panel + kPanel * n;
+    times_tile<kPanel>(x, job.ldx, t, panel, n, next, out, job.ldo, width);
     return;
   }
   // Of a matrix of few rows the columns are many (mHC): there is nothing to gain from packing.
   if (t > kFewRows && job.m.rows > kPanel) {
     pack_tile(job.m, first, width, tile, buffer);
-    times_tile<kTile>(x, job.ldx, t, tile, n, out, job.ldo, width);
+    times_tile<kTile>(x, job.ldx, t, tile, n, tile, out, job.ldo, width);
     return;
   }
   int r = 0;

@@ -264,6 +264,70 @@ struct LayerPass {
     return at - b.pointers;
   }
 
+  RowsRead<float> read_rows(const Layer& l, const LayerCache& c, int64_t t) {
+    return {b.pointers, b.pointers, rows_of_query(l, c, t)};
+  }
+
+  // The same in BF16: those that the thread's last query had are kept.
+  RowsRead<int32_t> keep_rows(const Layer& l, const LayerCache& c, int64_t t) {
+    KeptRows& k = b.kept;
+    const Sequence& s = sequence(t);
+    const int64_t p = position(t), ring = ring_slots(m.window), used = min64(ring, (p + 2) / 2 * 2), pairs = row_pairs(m.dim);
+    auto slot = [&](int64_t i) { return k.rows + i * pairs; };
+    auto join = [&](int64_t i) { join_rows(slot(i & ~1), slot(i | 1), pairs, k.columns + i / 2 * 2 * pairs); };
+    const bool known = k.layer == &l && k.sequence == &s && k.position <= p;
+    const bool ours = known && p - k.position < m.window;  // and some of its window is ours
+    if (!ours) __builtin_memset(k.rows, 0, sizeof(int32_t) * size_t(used * pairs));
+    const float* old = c.window + s.slot * m.window * m.dim;
+    const int64_t fresh = ours ? k.position + 1 : max64(0, p - m.window + 1);
+    for (int64_t j = fresh; j <= p; ++j)
+      round_row(j < s.start ? old + j % m.window * m.dim : b.kv + (s.row + j - s.start) * m.dim, m.dim, slot(j % ring));
+    RowsRead<int32_t> read{k.row_at, k.columns_at, used};
+    for (int64_t j = p + 1; j <= p + ring - m.window; ++j) {  // what has left the window, or is yet to come
+      if (j % ring >= used) continue;
+      __builtin_memset(slot(j % ring), 0, sizeof(int32_t) * size_t(pairs));
+      join(j % ring);
+      read.hides[read.hidden++] = j % ring;
+    }
+    if (ours) for (int64_t j = fresh; j <= p; ++j) join(j % ring);
+    else for (int64_t i = 0; i < used; i += 2) join(i);
+
+    const int64_t seen = visible(l, t);
+    const bool picked = l.has_index && seen > m.index_topk;
+    const int64_t entries = picked ? m.index_topk : seen, kept = picked ? (k.entries < 0 && k.position == p ? entries : 0) : k.entries;
+    const int64_t begin = known && kept > 0 ? kept : 0;
+    const RowsOfPool row(s.table, call.block_tokens / max64(1, l.ratio));
+    const int32_t* picks = b.picks + t * m.index_topk;
+    for (int64_t e = begin; e < entries; ++e) round_row(c.entries + row(picked ? picks[e] : e) * m.dim, m.dim, slot(ring + e));
+    if (entries % 2) {
+      __builtin_memset(slot(ring + entries), 0, sizeof(int32_t) * size_t(pairs));
+      read.hides[read.hidden++] = used + entries;
+    }
+    for (int64_t e = begin / 2 * 2; begin < entries && e < entries; e += 2) join(ring + e);
+    read.n += (entries + 1) / 2 * 2;
+    for (int64_t i = 0; i < read.n; ++i) k.row_at[i] = slot(i < used ? i : ring + i - used);
+    for (int64_t i = 0; i < read.n; i += 2) k.columns_at[i / 2] = k.columns + (i < used ? i : ring + i - used) * pairs;
+    k.layer = &l, k.sequence = &s, k.position = p, k.entries = picked ? -1 : entries;
+    return read;
+  }
+
+  // f(the rows that token t reads).
+  template <class F>
+  void with_rows(const Layer& l, const LayerCache& c, int64_t t, F f) {
+    if (UPWELL_BF16_DOTS && m.rounds) f(keep_rows(l, c, t));
+    else f(read_rows(l, c, t));
+  }
+
+  // heads <= kLanes heads of token t, from head `head` on, over `read` -> out [heads, dim]. q [heads, dim].
+  template <class T>
+  void attend_query(const Layer& l, int64_t t, const float* q, int64_t head, const RowsRead<T>& read, float* out) {
+    const int heads = int(min64(m.heads - head, kLanes));
+    query_lanes(q, heads, m.dim, float(m.norm_eps), turn(l, t), m.rope, b.qt);
+    const Vec sinks = load_part(l.sink + head, heads);
+    const Partial sum = attend_rows(b.qt, heads, m.dim, read, sinks, b.probs, out);
+    finish_heads(out, heads, m.dim, 1.0f / (sum.total + exp_below(sinks - sum.best)), turn(l, t), m.rope);
+  }
+
   static Matrix rows_of(const Matrix& a, int64_t first, int64_t rows) {
     int64_t bytes = a.format == kBF16 ? 2 * a.cols : a.format == kFP8 ? a.cols : a.format == kFP4 ? a.cols / 2 : 4 * a.cols;
     if (a.format == kPairs) bytes = 4 * ((a.cols + 1) / 2);

@@ -1,14 +1,44 @@
 // Products of BF16 operands, summed in FP32: twice the multiply-adds an instruction where the CPU has dot products of
 // BF16, half the bytes of FP32 panels everywhere. Weights and inputs lie in pairs of neighbouring columns, a pair a lane.
 
-// Two vectors of floats, those of even columns and of odd ones, as pairs.
+// Pairs of a lane of `even` and the same one of `odd`.
 INLINE VecI round_pairs(Vec even, Vec odd) {
+#if UPWELL_BF16_DOTS
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
+  typedef int16_t Shorts __attribute__((vector_size(64)));
+  Shorts apart;
+  __builtin_memcpy(&apart, &both, 64);
+  return reinterpret_cast<VecI>(__builtin_shufflevector(apart, apart, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                        24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+#else
   auto rounded = [](Vec v) {
     const VecI bits = reinterpret_cast<VecI>(v);
     return select(v != v, reinterpret_cast<Vec>(bits | 0x400000), reinterpret_cast<Vec>(bits + 0x7fff + (bits >> 16 & 1)));
   };
   const VecI low = reinterpret_cast<VecI>(rounded(even)), high = reinterpret_cast<VecI>(rounded(odd));
   return (low >> 16 & 0xffff) | (high & int32_t(0xffff0000));
+#endif
+}
+// Pairs of neighbouring lanes, those of a first.
+INLINE VecI round_neighbours(Vec a, Vec b) {
+#if UPWELL_BF16_DOTS
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+  VecI pairs;
+  __builtin_memcpy(&pairs, &both, 64);
+  return pairs;
+#else
+  const Vec in[2] = {a, b};
+  Vec apart[2];
+  every_pth<2>(in, apart);
+  return round_pairs(apart[0], apart[1]);
+#endif
+}
+// A row [n] as pairs of neighbours, padded with zeros to whole vectors.
+INLINE void round_row(const float* row, int64_t n, int32_t* out) {
+  for (int64_t i = 0; i < n; i += 2 * kLanes, out += kLanes) {
+    const Vec a = load_at(row, i, n), b = n - i > kLanes ? load_at(row, i + kLanes, n) : zero();
+    store(reinterpret_cast<float*>(out), reinterpret_cast<Vec>(round_neighbours(a, b)));
+  }
 }
 
 constexpr int64_t kPairRows = 2 * kPackedRows;  // rows that are rounded together: what Inputs::space holds
@@ -18,22 +48,7 @@ static void lay_out_pairs(Inputs& in, const float* x, int64_t ldx) {
   const int64_t chunk = 2 * kLanes, padded = (in.n + chunk - 1) / chunk * chunk;
   in.row_bytes = 2 * padded + 64;  // rows of 4 KiB would share the same sets of L1
   in.fits = true;
-  for (int64_t c = 0; c < in.t; ++c, x += ldx) {
-    auto* out = reinterpret_cast<float*>(in.space + c * in.row_bytes);
-    for (int64_t i = 0; i < in.n; i += chunk) {
-      const int64_t left = in.n - i;
-      const Vec a = load_at(x + i, 0, left), b = left > kLanes ? load_at(x + i + kLanes, 0, left - kLanes) : zero();
-#if UPWELL_BF16_DOTS
-      const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
-      __builtin_memcpy(out + i / 2, &both, 64);
-#else
-      const Vec in_row[2] = {a, b};
-      Vec apart[2];
-      every_pth<2>(in_row, apart);
-      store(out + i / 2, reinterpret_cast<Vec>(round_pairs(apart[0], apart[1])));
-#endif
-    }
-  }
+  for (int64_t c = 0; c < in.t; ++c, x += ldx) round_row(x, in.n, reinterpret_cast<int32_t*>(in.space + c * in.row_bytes));
 }
 
 // Rows [first, first + width) of m as pairs [pairs, kTile, 2]; missing rows and columns are zero.
@@ -56,12 +71,12 @@ static void pair_product(const Matrix& m, int64_t first, int width, const float*
                          int64_t ldo, int32_t* tile, float* buffer, Inputs& in, int phase) {
   const bool packed = m.format == kPairs;
   if (!packed) pack_pairs(m, first, width, tile, buffer);
-  const auto* panel = static_cast<const int32_t*>(m.data) + first / kPanel * kPanel * ((m.cols + 1) / 2) + first % kPanel;
+  const auto* panel = static_cast<const int32_t*>(panel_of(m, first));
   for (int64_t i = 0; i < t; i += kPairRows) {
     prepare(in, kPairs, x + i * ldx, ldx, t - i < kPairRows ? t - i : kPairRows, m.cols, phase);
     const auto* rows = in.row<int32_t>(0);
     const int64_t ld = in.row_bytes / 4, pairs = (m.cols + 1) / 2;
-    if (packed) times_tile<kPanel>(rows, ld, in.t, panel, pairs, out + i * ldo, ldo, width);
-    else times_tile<kTile>(rows, ld, in.t, tile, pairs, out + i * ldo, ldo, width);
+    if (packed) times_tile<kPanel>(rows, ld, in.t, panel, pairs, in.next ? in.next : panel + kPanel * pairs, out + i * ldo, ldo, width);
+    else times_tile<kTile>(rows, ld, in.t, tile, pairs, tile, out + i * ldo, ldo, width);
   }
 }

@@ -15,19 +15,29 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
   const int64_t run = t <= kPackedRows ? max64(1, min64(4, tiles / (32 * w.team.size))) : 1;
   const int64_t runs = (tiles + run - 1) / run;
+  auto job_of = [&](int64_t& tile) {  // tile: of all, then of the job
+    const Job* job = jobs;
+    for (; tile >= (job->m.rows + kTile - 1) / kTile; ++job) tile -= (job->m.rows + kTile - 1) / kTile;
+    return job;
+  };
   w.units(runs * cuts, [&](int64_t u) {
     const int64_t begin = (pairs ? u % runs : u / cuts) * run, t0 = (pairs ? u / runs : u % cuts) * step;
     for (int64_t i = begin; i < min64(tiles, begin + run); ++i) {
-      int64_t tile = i;
-      const Job* job = jobs;
-      for (; tile >= (job->m.rows + kTile - 1) / kTile; ++job) tile -= (job->m.rows + kTile - 1) / kTile;
+      int64_t tile = i, then = i + 1 < begin + run ? i + 1 : i + 1 + run * (w.team.size - 1);
+      const Job* job = job_of(tile);
       const int64_t t1 = t0 + step < job->t ? t0 + step : job->t;
       if (t0 >= t1) continue;
       const int64_t first = tile * kTile;
       const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
+      b.inputs.next = nullptr;
+      if (then < tiles) {
+        const Job* next = job_of(then);
+        b.inputs.next = panel_of(next->m, then * kTile);
+      }
       run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
     }
   });
+  b.inputs.next = nullptr;
 }
 
 struct ByWeights : LayerPass {
@@ -96,21 +106,23 @@ struct ByWeights : LayerPass {
       const int heads = int(min64(m.heads - head, kLanes));
       const float* q = b.q + (t * m.heads + head) * d;
       float* out = b.attended + (t * m.heads + head) * d;
-      const int64_t n = rows_of_query(l, c, t);
-      if (parts == 1) {
-        attend_query(q, heads, d, float(m.norm_eps), turn(l, t), m.rope, l.sink + head, b.pointers, n, b.qt, b.probs, out);
-        return;
-      }
-      const int64_t part = u % parts, first = n * part / parts, rows = n * (part + 1) / parts - first;
-      float* mine = b.parts + split * kMostParts * (d + 2) * kLanes;
-      float* own = mine + part * (d + 2) * kLanes;
-      query_lanes(q, heads, d, float(m.norm_eps), turn(l, t), m.rope, b.qt);
-      const Vec none = splat(-__builtin_inff());
-      const Partial sum = attend_rows(b.qt, heads, d, b.pointers + first, rows, none, b.probs, own + 2 * kLanes);
-      store(own, sum.best);
-      store(own + kLanes, sum.total);
-      if (last_part(split, parts))
-        join_parts(mine, parts, heads, load_part(l.sink + head, heads), turn(l, t), out);
+      with_rows(l, c, t, [&](const auto& read) {
+        if (parts == 1) {
+          attend_query(l, t, q, head, read, out);
+          return;
+        }
+        const int64_t part = u % parts, pairs = (read.n + 1) / 2;  // of rows, which mustn't be cut apart
+        const int64_t first = pairs * part / parts * 2, end = min64(read.n, pairs * (part + 1) / parts * 2);
+        float* mine = b.parts + split * kMostParts * (d + 2) * kLanes;
+        float* own = mine + part * (d + 2) * kLanes;
+        query_lanes(q, heads, d, float(m.norm_eps), turn(l, t), m.rope, b.qt);
+        const Vec none = splat(-__builtin_inff());
+        const Partial sum = attend_rows(b.qt, heads, d, read.part(first, end - first), none, b.probs, own + 2 * kLanes);
+        store(own, sum.best);
+        store(own + kLanes, sum.total);
+        if (last_part(split, parts))
+          join_parts(mine, parts, heads, load_part(l.sink + head, heads), turn(l, t), out);
+      });
     });
     w.barrier();
   }
@@ -218,38 +230,53 @@ struct ByWeights : LayerPass {
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
     const int64_t cut = T > 192 ? 96 : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
-    w.units(active * tiles + shared_tiles * cuts, [&](int64_t u) {
+    struct Part {  // a tile of an expert's rows, and the input rows it is multiplied with
+      bool shared;
+      int64_t e, first, r0, r1;
+    };
+    auto part_of = [&](int64_t u, int64_t own_tiles, int64_t shared_tiles) {
       const bool shared = u < shared_tiles * cuts;  // first, as these are the largest
-      const int64_t e = shared ? E : chosen[(u - shared_tiles * cuts) / tiles];
-      const int64_t tile = shared ? u % shared_tiles : (u - shared_tiles * cuts) % tiles;
-      const int64_t inter = shared ? m.shared_inter : m.inter;
-      const int64_t r0 = shared ? u / shared_tiles * cut : b.group_start[e];
-      const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];
-      if (r0 == r1) return;
-      const float* x = shared ? b.x : b.gathered;
-      float* hidden = b.hidden + (shared ? T * k * m.inter : 0);
-      float* up = b.up + (shared ? T * k * m.inter : 0);
-      const int64_t first = tile * kTile;
-      const int width = int(inter - first < kTile ? inter - first : kTile);
-      run_job({matrices[3 * e], x, m.hidden, r1, hidden, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
-      run_job({matrices[3 * e + 1], x, m.hidden, r1, up, inter}, first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
-      for (int64_t r = r0; r < r1; ++r) swiglu(hidden + r * inter + first, up + r * inter + first, width);
+      const int64_t v = u - shared_tiles * cuts, r0 = shared ? u / shared_tiles * cut : 0;
+      if (shared) return Part{true, E, u % shared_tiles * kTile, r0, min64(r0 + cut, T)};
+      const int64_t e = chosen[v / own_tiles];
+      return Part{false, e, v % own_tiles * kTile, b.group_start[e], b.group_start[e + 1]};
+    };
+    const int64_t units = active * tiles + shared_tiles * cuts;
+    w.units(units, [&](int64_t u) {
+      const Part p = part_of(u, tiles, shared_tiles);
+      if (p.r0 == p.r1) return;
+      const int64_t inter = p.shared ? m.shared_inter : m.inter;
+      const float* x = p.shared ? b.x : b.gathered;
+      float* hidden = b.hidden + (p.shared ? T * k * m.inter : 0);
+      float* up = b.up + (p.shared ? T * k * m.inter : 0);
+      const int width = int(min64(inter - p.first, kTile));
+      const Matrix *gate = matrices + 3 * p.e, *value = gate + 1;
+      b.inputs.next = panel_of(*value, p.first);
+      run_job({*gate, x, m.hidden, p.r1, hidden, inter}, p.first, width, p.r0, p.r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      b.inputs.next = nullptr;
+      if (u + w.team.size < units) {
+        const Part then = part_of(u + w.team.size, tiles, shared_tiles);
+        b.inputs.next = panel_of(matrices[3 * then.e], then.first);
+      }
+      run_job({*value, x, m.hidden, p.r1, up, inter}, p.first, width, p.r0, p.r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      for (int64_t r = p.r0; r < p.r1; ++r) swiglu(hidden + r * inter + p.first, up + r * inter + p.first, width);
     });
     w.barrier();
-    const int64_t out_tiles = (m.hidden + kTile - 1) / kTile;
-    w.units((active + cuts) * out_tiles, [&](int64_t u) {
-      const bool shared = u < cuts * out_tiles;
-      const int64_t e = shared ? E : chosen[(u - cuts * out_tiles) / out_tiles];
-      const int64_t first = u % out_tiles * kTile;
-      const int64_t r0 = shared ? u / out_tiles * cut : b.group_start[e];
-      const int64_t r1 = shared ? (r0 + cut < T ? r0 + cut : T) : b.group_start[e + 1];
-      if (r0 == r1) return;
-      const int width = int(m.hidden - first < kTile ? m.hidden - first : kTile);
-      const int64_t inter = shared ? m.shared_inter : m.inter;
-      run_job({matrices[3 * e + 2], b.hidden + (shared ? T * k * m.inter : 0), inter, r1,
-               shared ? b.shared_out : b.expert_out, m.hidden},
-              first, width, r0, r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+    const int64_t out_tiles = (m.hidden + kTile - 1) / kTile, out_units = (active + cuts) * out_tiles;
+    w.units(out_units, [&](int64_t u) {
+      const Part p = part_of(u, out_tiles, out_tiles);
+      if (p.r0 == p.r1) return;
+      const int64_t inter = p.shared ? m.shared_inter : m.inter;
+      b.inputs.next = nullptr;
+      if (u + w.team.size < out_units) {
+        const Part then = part_of(u + w.team.size, out_tiles, out_tiles);
+        b.inputs.next = panel_of(matrices[3 * then.e + 2], then.first);
+      }
+      run_job({matrices[3 * p.e + 2], b.hidden + (p.shared ? T * k * m.inter : 0), inter, p.r1,
+               p.shared ? b.shared_out : b.expert_out, m.hidden},
+              p.first, int(min64(m.hidden - p.first, kTile)), p.r0, p.r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
     });
+    b.inputs.next = nullptr;
     w.barrier();
   }
 

@@ -218,8 +218,7 @@ INLINE void every_pth(const Vec* in, Vec* out) {
 #undef UPWELL_ODD
 }
 
-// a[i][j] -> a[j][i].
-INLINE void transpose(Vec (&a)[kLanes]) {
+// The lower halves of both, or the upper ones, lane by lane in turn.
 #if VECTOR_BYTES == 64
 #define UPWELL_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define UPWELL_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -230,16 +229,21 @@ INLINE void transpose(Vec (&a)[kLanes]) {
 #define UPWELL_LOW 0, 4, 1, 5
 #define UPWELL_HIGH 2, 6, 3, 7
 #endif
+INLINE Vec low_turns(Vec a, Vec b) { return __builtin_shufflevector(a, b, UPWELL_LOW); }
+INLINE Vec high_turns(Vec a, Vec b) { return __builtin_shufflevector(a, b, UPWELL_HIGH); }
+#undef UPWELL_LOW
+#undef UPWELL_HIGH
+
+// a[i][j] -> a[j][i].
+INLINE void transpose(Vec (&a)[kLanes]) {
   for (int round = 1; round < kLanes; round *= 2) {
     Vec next[kLanes];
     for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shufflevector(a[i], a[i + kLanes / 2], UPWELL_LOW);
-      next[2 * i + 1] = __builtin_shufflevector(a[i], a[i + kLanes / 2], UPWELL_HIGH);
+      next[2 * i] = low_turns(a[i], a[i + kLanes / 2]);
+      next[2 * i + 1] = high_turns(a[i], a[i + kLanes / 2]);
     }
     for (int i = 0; i < kLanes; ++i) a[i] = next[i];
   }
-#undef UPWELL_LOW
-#undef UPWELL_HIGH
 }
 
 // Neighbouring lanes change places.
@@ -251,6 +255,20 @@ INLINE Vec swap_pairs(Vec v) {
 #else
   return __builtin_shufflevector(v, v, 1, 0, 3, 2);
 #endif
+}
+
+// Even lanes of a, odd ones of b.
+INLINE Vec take_turns(Vec a, Vec b) {
+  VecI odd{};
+  for (int i = 1; i < kLanes; i += 2) odd[i] = -1;
+  return select(odd, b, a);
+}
+// Every second lane from the first on, in both halves.
+INLINE Vec every_second(Vec v) {
+  const Vec in[2] = {v, v};
+  Vec apart[2];
+  every_pth<2>(in, apart);
+  return apart[0];
 }
 
 // One bit a lane: whether the mask is set there.
@@ -290,6 +308,8 @@ INLINE void map(float* out, const float* in, int64_t n, F f) {
 INLINE Vec load_at(const float* p, int64_t i, int64_t n) {
   return i + kLanes <= n ? load(p + i) : load_part(p + i, int(n - i));
 }
+INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int min_lanes(int64_t n) { return n < kLanes ? int(n) : kLanes; }
 INLINE void rms_norm(float* out, const float* x, const float* weight, int64_t n, float eps) {
   const float scale = 1.0f / std::sqrt(dot(x, x, n) / float(n) + eps);

@@ -9,6 +9,7 @@ struct Buffers {
   int32_t *picks, *route, *order, *pair_of, *group_start, *active, *sequence_of, *finished;
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;
+  KeptRows kept;
   Inputs inputs;
 };
 
@@ -21,9 +22,6 @@ struct Bump {
     used += (n * int64_t(sizeof(T)) + 127) / 64 * 64;
   }
 };
-
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kIndexRows = 16;  // queries that score a tile of index keys together
 constexpr int64_t kMostParts = 8;   // threads that share one query's rows in decode
@@ -66,8 +64,15 @@ static void take_product(Bump& own, Buffers& b, int64_t widest) {
 static void take_own(Bump& at, Buffers& b, const Model& m, int64_t entries) {
   const int64_t keys = m.window + max64(entries, 1);
   at.take(b.qt, (m.dim + kLanes) * kLanes);
-  at.take(b.probs, keys * kLanes);
+  at.take(b.probs, (keys + 8) * kLanes);
   at.take(b.pointers, keys + 8);
+  if (m.rounds && UPWELL_BF16_DOTS) {
+    const int64_t pairs = row_pairs(m.dim);
+    at.take(b.kept.rows, (keys + 8) * pairs);
+    at.take(b.kept.columns, (keys + 8) * pairs);
+    at.take(b.kept.row_at, keys + 8);
+    at.take(b.kept.columns_at, keys / 2 + 4);
+  }
   at.take(b.index_q, kIndexRows * m.index_heads * m.index_dim);
 }
 
