@@ -224,3 +224,13 @@ INLINE void finish_heads(float* out, int heads, int64_t dim, Vec factor, const f
     rotate(out + h * dim + dim - rope, turn, rope, -1.0f);
   }
 }
+
+// heads <= kLanes heads of one query q [heads, dim] over what it reads -> out [heads, dim]. qt, scores as for attend_as.
+template <class T>
+static void attend_query(const float* q, int heads, int64_t dim, float eps, const float* turn, int64_t rope,
+                         const float* sink, const RowsRead<T>& read, float* qt, float* scores, float* out) {
+  query_lanes(q, heads, dim, eps, turn, rope, qt);
+  const Vec sinks = load_part(sink, heads);
+  const Partial sum = attend_rows(qt, heads, dim, read, sinks, scores, out);
+  finish_heads(out, heads, dim, 1.0f / (sum.total + exp_below(sinks - sum.best)), turn, rope);
+}

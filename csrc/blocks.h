@@ -108,7 +108,7 @@ struct ByTokens : LayerPass {
       with_rows(l, c, t0 + i, [&](const auto& read) {
         for (int64_t head = 0; head < m.heads; head += kLanes) {
           const int64_t at = i * row + head * m.dim;
-          attend_query(l, t0 + i, o.q + at, head, read, o.attended + at);
+          attend_heads(l, t0 + i, o.q + at, head, read, o.attended + at);
         }
       });
   }
@@ -159,6 +159,13 @@ struct ByTokens : LayerPass {
     });
   }
 
+  void leave_experts_of(int64_t t0, int64_t n) {
+    for (int64_t t = t0; t < t0 + n; ++t) {
+      if (t + 1 < t0 + n) fetch_experts(t + 1);
+      leave_experts(t, o.y);
+    }
+  }
+
   void run() {
     start();
     for (int64_t i = 0; i < call.layer_count; ++i) {
@@ -166,7 +173,7 @@ struct ByTokens : LayerPass {
       const LayerCache& c = call.caches[i];
       begin(i);
       blocks([&](int64_t t0, int64_t n) {
-        for (int64_t t = t0; t < t0 + n && i > 0; ++t) leave_experts(t, o.y);
+        if (i > 0) leave_experts_of(t0, n);
         before_attention(l, t0, n);
       });
       w.barrier();
@@ -182,8 +189,6 @@ struct ByTokens : LayerPass {
       keep(l, c);
       w.barrier();
     }
-    blocks([&](int64_t t0, int64_t n) {
-      for (int64_t t = t0; t < t0 + n; ++t) leave_experts(t, o.y);
-    });
+    blocks([&](int64_t t0, int64_t n) { leave_experts_of(t0, n); });
   }
 };

@@ -318,14 +318,11 @@ struct LayerPass {
     else f(read_rows(l, c, t));
   }
 
-  // heads <= kLanes heads of token t, from head `head` on, over `read` -> out [heads, dim]. q [heads, dim].
+  // Token t's heads from `head` on, at most kLanes, over `read`: q [heads, dim] -> out.
   template <class T>
-  void attend_query(const Layer& l, int64_t t, const float* q, int64_t head, const RowsRead<T>& read, float* out) {
-    const int heads = int(min64(m.heads - head, kLanes));
-    query_lanes(q, heads, m.dim, float(m.norm_eps), turn(l, t), m.rope, b.qt);
-    const Vec sinks = load_part(l.sink + head, heads);
-    const Partial sum = attend_rows(b.qt, heads, m.dim, read, sinks, b.probs, out);
-    finish_heads(out, heads, m.dim, 1.0f / (sum.total + exp_below(sinks - sum.best)), turn(l, t), m.rope);
+  void attend_heads(const Layer& l, int64_t t, const float* q, int64_t head, const RowsRead<T>& read, float* out) {
+    attend_query(q, int(min64(m.heads - head, kLanes)), m.dim, float(m.norm_eps), turn(l, t), m.rope, l.sink + head, read,
+                 b.qt, b.probs, out);
   }
 
   static Matrix rows_of(const Matrix& a, int64_t first, int64_t rows) {
@@ -392,6 +389,16 @@ struct LayerPass {
   void leave_experts(int64_t t, float* y) {
     sum_experts(t, y);
     leave(t, y);
+  }
+  // What leave_experts reads of token t lies anywhere and was written long ago.
+  void fetch_experts(int64_t t) {
+    const int64_t k = m.experts_per_token;
+    auto fetch = [](const float* p, int64_t n) {
+      for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+    };
+    for (int64_t j = 0; j < k; ++j) fetch(b.expert_out + b.order[t * k + j] * m.hidden, m.hidden);
+    fetch(b.shared_out + t * m.hidden, m.hidden);
+    fetch(stream(t), m.streams * m.hidden);
   }
   Vec routed(int64_t t, int64_t i) {  // the routed ones' sum, columns from i
     const int64_t k = m.experts_per_token;

@@ -108,7 +108,7 @@ struct ByWeights : LayerPass {
       float* out = b.attended + (t * m.heads + head) * d;
       with_rows(l, c, t, [&](const auto& read) {
         if (parts == 1) {
-          attend_query(l, t, q, head, read, out);
+          attend_heads(l, t, q, head, read, out);
           return;
         }
         const int64_t part = u % parts, pairs = (read.n + 1) / 2;  // of rows, which mustn't be cut apart

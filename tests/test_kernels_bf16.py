@@ -97,7 +97,8 @@ def plain_selected(q: Tensor, keys: Tensor, hidden: Tensor, entries: Tensor, pic
         out = []
         for b in range(len(q)):
             not_these = torch.cat((hidden[s], picks[b, s] < 0)).unsqueeze(0)
-            out.append(plain_attention(q[b : b + 1, s : s + 1], torch.cat((keys[b], chosen[b])).unsqueeze(0), not_these, sink))
+            own = torch.cat((keys[b], chosen[b])).unsqueeze(0)
+            out.append(plain_attention(q[b : b + 1, s : s + 1], own, not_these, sink))
         steps.append(torch.cat(out))
     return torch.cat(steps, 1)
 

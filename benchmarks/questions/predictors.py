@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upwell.analyst.ask import Asker
 from upwell.analyst.linking import link
 from upwell.analyst.rules import draft_plan
@@ -38,6 +40,11 @@ def _embedded() -> _Analyst:
 
 
 @cache
+def _in_bf16() -> _Analyst:
+    return _Analyst(Asker(LLM(device="cpu", dtype=torch.bfloat16)))
+
+
+@cache
 def _trained() -> _Analyst:
     run = Path(os.environ["UPWELL_RUN"])
     return _Analyst(Asker(LLM.from_model(load_run(run), Tokenizer.from_directory(run))))
@@ -46,6 +53,11 @@ def _trained() -> _Analyst:
 def nano(path: Path, question: str) -> dict[str, Any]:
     """The embedded model as shipped."""
     return _embedded()(path, question)
+
+
+def nano_bf16(path: Path, question: str) -> dict[str, Any]:
+    """The same in BF16 (`--dtype bfloat16`): the kernels multiply rounded operands."""
+    return _in_bf16()(path, question)
 
 
 def trained(path: Path, question: str) -> dict[str, Any]:
