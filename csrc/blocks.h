@@ -104,13 +104,7 @@ struct ByTokens : LayerPass {
 
   void attend(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
     const int64_t row = m.heads * m.dim + kSkew;
-    for (int64_t i = 0; i < n; ++i)
-      with_rows(l, c, t0 + i, [&](const auto& read) {
-        for (int64_t head = 0; head < m.heads; head += kLanes) {
-          const int64_t at = i * row + head * m.dim;
-          attend_heads(l, t0 + i, o.q + at, head, read, o.attended + at);
-        }
-      });
+    for (int64_t i = 0; i < n; ++i) attend_token(l, c, t0 + i, o.q + i * row, o.attended + i * row);
   }
 
   void from_attention(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {

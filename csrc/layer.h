@@ -325,6 +325,14 @@ struct LayerPass {
                  b.qt, b.probs, out);
   }
 
+  // All of token t's heads: q [heads, dim] -> out.
+  void attend_token(const Layer& l, const LayerCache& c, int64_t t, const float* q, float* out) {
+    with_rows(l, c, t, [&](const auto& read) {
+      for (int64_t head = 0; head < m.heads; head += kLanes)
+        attend_heads(l, t, q + head * m.dim, head, read, out + head * m.dim);
+    });
+  }
+
   static Matrix rows_of(const Matrix& a, int64_t first, int64_t rows) {
     int64_t bytes = a.format == kBF16 ? 2 * a.cols : a.format == kFP8 ? a.cols : a.format == kFP4 ? a.cols / 2 : 4 * a.cols;
     if (a.format == kPairs) bytes = 4 * ((a.cols + 1) / 2);

@@ -99,6 +99,11 @@ struct ByWeights : LayerPass {
 
   void attend(const Layer& l, const LayerCache& c) {
     const int64_t blocks = (m.heads + kLanes - 1) / kLanes, splits = T * blocks, d = m.dim;
+    if (T >= 2 * w.team.size) {  // whoever takes a token finds its rows once
+      w.units(T, [&](int64_t t) { attend_token(l, c, t, b.q + t * m.heads * d, b.attended + t * m.heads * d); });
+      w.barrier();
+      return;
+    }
     // One query's rows are cut among threads where there are too few queries.
     const int64_t parts = splits < w.team.size ? min64((w.team.size + splits - 1) / splits, kMostParts) : 1;
     w.units(splits * parts, [&](int64_t u) {
