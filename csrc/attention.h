@@ -21,10 +21,12 @@ constexpr bool kOfPairs = false;
 template <>
 constexpr bool kOfPairs<int32_t> = true;
 template <class T>
-using Lanes = decltype(load(static_cast<const T*>(nullptr)));
+constexpr int64_t kEach = kOfPairs<T> ? 2 : 1;  // rows that lie in one for the sums
 
 // kTwo: for at most half as many heads as lanes. Head h has lanes 2h and 2h + 1: of a query those are even and odd columns,
 // of scores even and odd rows. So no lane is idle where there are few heads, as for ranks that share them.
+template <bool kTwo, class T>
+constexpr bool kTurns = kTwo && !kOfPairs<T>;  // numerators of two rows take turns in lanes; of pairs they are one number
 template <bool kTwo, class T>
 INLINE Lanes<T> across(const T* p) {  // p[0] in all lanes, or p[0] and p[1] in turn
   if constexpr (kTwo) {
@@ -61,18 +63,17 @@ static __attribute__((noinline)) void score_rows(const T* const* rows, const T* 
 template <int H, int V, bool kTwo, class T>
 INLINE void weigh_columns(const T* const* rows, int64_t n, const T* probs, int64_t offset, int part, float* out,
                           int64_t ldo, bool add) {
-  constexpr bool kTurns = kTwo && !kOfPairs<T>;
   Vec acc[H][V] = {};
   for (int64_t j = 0; j < n; ++j) {
     const T* row = rows[j] + offset;
-    const T* p = kTurns ? probs + j / 2 * kLanes + j % 2 : probs + j * (kTwo ? kLanes / 2 : kLanes);
+    const T* p = kTurns<kTwo, T> ? probs + j / 2 * kLanes + j % 2 : probs + j * (kTwo ? kLanes / 2 : kLanes);
     Lanes<T> values[V];
     for (int v = 0; v < V; ++v) {
       if constexpr (kOfPairs<T>) values[v] = load(row + v * kLanes);  // padded
       else values[v] = part ? load_part(row + v * kLanes, part) : load(row + v * kLanes);
     }
     for (int h = 0; h < H; ++h) {
-      const Lanes<T> weight = across<false>(p + (kTurns ? 2 * h : h));
+      const Lanes<T> weight = across<false>(p + (kTurns<kTwo, T> ? 2 * h : h));
       for (int v = 0; v < V; ++v) acc[h][v] = multiply_add(acc[h][v], weight, values[v]);
     }
   }
@@ -150,7 +151,7 @@ struct RowsRead {
   int64_t hides[4] = {};
 
   RowsRead part(int64_t first, int64_t count) const {
-    RowsRead own{rows + first, columns + first / (kOfPairs<T> ? 2 : 1), count};
+    RowsRead own{rows + first, columns + first / kEach<T>, count};
     for (int i = 0; i < hidden; ++i)
       if (hides[i] >= first && hides[i] < first + count) own.hides[own.hidden++] = hides[i] - first;
     return own;
@@ -161,7 +162,7 @@ struct RowsRead {
 // or -inf).
 template <bool kTwo, class T>
 static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& read, Vec best, float* scores, float* out) {
-  constexpr int kRows = 8, kPer = kTwo ? 2 : 1, kStep = kTwo && !kOfPairs<T> ? 2 : 1;
+  constexpr int kRows = 8, kPer = kTwo ? 2 : 1, kStep = kTurns<kTwo, T> ? 2 : 1;
   const int64_t steps = lay_out_query<kTwo, T>(qt, dim), n = read.n;
   const auto* q = reinterpret_cast<const T*>(qt);
   int64_t j = 0;
@@ -198,11 +199,10 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
       const Vec a = load(scores + j * kLanes), b = j + 1 < vectors ? load(scores + (j + 1) * kLanes) : zero();
       store(scores + j / 2 * kLanes, reinterpret_cast<Vec>(kTwo ? round_neighbours(a, b) : round_pairs(a, b)));
     }
-  constexpr int64_t kEach = kOfPairs<T> ? 2 : 1;  // rows of a column
   for (j = 0; j == 0 || j < n; j += kRowBlock) {
-    const int64_t count = (min64(n - j, kRowBlock) + kEach - 1) / kEach;
-    const auto* probs = reinterpret_cast<const T*>(scores) + j / kEach / (kTwo ? 2 : 1) * kLanes;
-    const T* const* columns = read.columns + j / kEach;
+    const int64_t count = (min64(n - j, kRowBlock) + kEach<T> - 1) / kEach<T>;
+    const auto* probs = reinterpret_cast<const T*>(scores) + j / kEach<T> / (kTwo ? 2 : 1) * kLanes;
+    const T* const* columns = read.columns + j / kEach<T>;
     int h = 0;
     for (; h + 4 <= heads; h += 4) weigh<4, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
     for (; h < heads; ++h) weigh<1, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);

@@ -6,13 +6,12 @@ struct KeptRows {
   int32_t* columns;                      // [slots / 2, 2 row_pairs]: pairs of a column in two neighbouring rows
   const int32_t **row_at, **columns_at;  // of the slots that a query reads
   const void *layer = nullptr, *sequence = nullptr;  // whose they are
-  int64_t position = 0;  // of the last query: slots [0, ring_slots) hold its window, token j in slot j % ring_slots
-  int64_t entries = 0;   // slots from ring_slots on hold the first so many, or (-1) those that it picked
+  int64_t position = 0;  // of the last query: slots [0, ring_slots) hold its window, token j in slot j % ring_slots,
+                         // those behind them the entries that it read
 };
 
 // Slots of the window: even, and room for the neighbours in pairs of its ends.
 static int64_t ring_slots(int64_t window) { return (window + 3) / 2 * 2; }
-static int64_t row_pairs(int64_t dim) { return (dim + 2 * kLanes - 1) / (2 * kLanes) * kLanes; }
 
 // columns [2 n] of two rows in pairs [n].
 INLINE void join_rows(const int32_t* even, const int32_t* odd, int64_t n, int32_t* columns) {

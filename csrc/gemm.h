@@ -116,13 +116,12 @@ struct Fetch {
 // the multipliers waiting for their own results. T: float, or int32_t for pairs of BF16 (pairs.h).
 template <int MR, int LDB, int U, class T>
 INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, Vec (&out0)[MR], Vec (&out1)[MR]) {
-  using Lanes = decltype(load(b));
   Vec acc0[U][MR] = {}, acc1[U][MR] = {};
   const T *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
   const int64_t l1 = ldx, l2 = 2 * ldx, l3 = 3 * ldx;
 #define UPWELL_STEP(row, value)                                       \
   if (MR > (row)) {                                                   \
-    const Lanes v = (value) - Lanes{};                                \
+    const Lanes<T> v = (value) - Lanes<T>{};                          \
     acc0[u][(row) % MR] = multiply_add(acc0[u][(row) % MR], v, b0);   \
     acc1[u][(row) % MR] = multiply_add(acc1[u][(row) % MR], v, b1);   \
   }
@@ -137,13 +136,13 @@ INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fet
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
         __builtin_prefetch(at + u * fetch.stride), __builtin_prefetch(at + u * fetch.stride + 64);
-        const Lanes b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
+        const Lanes<T> b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
         UPWELL_STEPS
       }
   if (U > 1)
     for (; k < n; ++k, b += LDB, ++x0, ++x4, ++x8) {
       constexpr int u = 0;
-      const Lanes b0 = load(b), b1 = load(b + kLanes);
+      const Lanes<T> b0 = load(b), b1 = load(b + kLanes);
       UPWELL_STEPS
     }
 #undef UPWELL_STEPS
@@ -202,12 +201,12 @@ static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, fl
 }
 
 // t input rows times kTile weight rows, cut into row tiles of even heights. next: the panel that is multiplied after
-// this one; it comes from memory while later row tiles read this one from the cache.
+// this one (null: the one behind it); it comes from memory while later row tiles read this one from the cache.
 template <int LDB, class T>
 static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_t n, const void* next, float* out,
                        int64_t ldo, int width) {
   const int64_t tiles = (t + kRowTile - 1) / kRowTile, step = LDB * sizeof(T), near = kAhead / LDB, left = max64(0, n - near);
-  const auto *here = reinterpret_cast<const char*>(tile), *there = static_cast<const char*>(next);
+  const auto *here = reinterpret_cast<const char*>(tile), *there = next ? static_cast<const char*>(next) : here + n * step;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = t / tiles + (i < t % tiles);
     Fetch fetch{here + near * step, left, there, step};  // of the next one only its beginning
@@ -244,20 +243,20 @@ struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
 
 // Weight rows [first, first + width) of a job for its rows [t0, t1). tile: [cols * kTile] scratch, buffer [4 cols].
 // inputs: where given, packed weights are decoded in registers (packed.h); x doesn't change while `phase` is the same.
+// next: as for times_tile.
 static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_t t1, float* tile, float* buffer,
-                    Inputs* inputs = nullptr, int phase = 0) {
+                    Inputs* inputs = nullptr, int phase = 0, const void* next = nullptr) {
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
   if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, phase)) return;
   if (inputs && (job.m.format == kPairs || (inputs->rounds && is_packed(job.m)))) {
     auto* pairs = reinterpret_cast<int32_t*>(tile);
-    pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase);
+    pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase, next);
     return;
   }
   if (job.m.format == kPanels) {
     const auto* panel = static_cast<const float*>(panel_of(job.m, first));
-    const void* next = inputs && inputs->next ? inputs->next : panel + kPanel * n;
     times_tile<kPanel>(x, job.ldx, t, panel, n, next, out, job.ldo, width);
     return;
   }

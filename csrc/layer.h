@@ -294,8 +294,10 @@ struct LayerPass {
 
     const int64_t seen = visible(l, t);
     const bool picked = l.has_index && seen > m.index_topk;
-    const int64_t entries = picked ? m.index_topk : seen, kept = picked ? (k.entries < 0 && k.position == p ? entries : 0) : k.entries;
-    const int64_t begin = known && kept > 0 ? kept : 0;
+    const int64_t entries = picked ? m.index_topk : seen;
+    int64_t begin = 0;  // those before it are there: all that were visible, or the same query's picks
+    if (known && l.ratio && !picked) begin = (k.position + 1) / l.ratio;
+    if (known && picked && k.position == p) begin = entries;
     const RowsOfPool row(s.table, call.block_tokens / max64(1, l.ratio));
     const int32_t* picks = b.picks + t * m.index_topk;
     for (int64_t e = begin; e < entries; ++e) round_row(c.entries + row(picked ? picks[e] : e) * m.dim, m.dim, slot(ring + e));
@@ -307,7 +309,7 @@ struct LayerPass {
     read.n += (entries + 1) / 2 * 2;
     for (int64_t i = 0; i < read.n; ++i) k.row_at[i] = slot(i < used ? i : ring + i - used);
     for (int64_t i = 0; i < read.n; i += 2) k.columns_at[i / 2] = k.columns + (i < used ? i : ring + i - used) * pairs;
-    k.layer = &l, k.sequence = &s, k.position = p, k.entries = picked ? -1 : entries;
+    k.layer = &l, k.sequence = &s, k.position = p;
     return read;
   }
 

@@ -72,7 +72,6 @@ struct Inputs {
   int64_t t = 0, n = 0, row_bytes = 0;
   int phase = -1, kind = -1;
   bool fits = false;
-  const void* next = nullptr;  // the panel that the thread takes after this one, where that isn't the one behind it
   bool rounds = false;  // to BF16, for more rows than kPackedRows
   float back[kPackedRows][2];  // multiplied together: the power of two that undoes the scaling
 

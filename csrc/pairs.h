@@ -33,7 +33,8 @@ INLINE VecI round_neighbours(Vec a, Vec b) {
   return round_pairs(apart[0], apart[1]);
 #endif
 }
-// A row [n] as pairs of neighbours, padded with zeros to whole vectors.
+// A row [n] as pairs of neighbours, padded with zeros to whole vectors: row_pairs(n) of them.
+INLINE int64_t row_pairs(int64_t n) { return (n + 2 * kLanes - 1) / (2 * kLanes) * kLanes; }
 INLINE void round_row(const float* row, int64_t n, int32_t* out) {
   for (int64_t i = 0; i < n; i += 2 * kLanes, out += kLanes) {
     const Vec a = load_at(row, i, n), b = n - i > kLanes ? load_at(row, i + kLanes, n) : zero();
@@ -45,8 +46,7 @@ constexpr int64_t kPairRows = 2 * kPackedRows;  // rows that are rounded togethe
 
 // x [t, n] into in.space: t <= kPairRows rows of pairs.
 static void lay_out_pairs(Inputs& in, const float* x, int64_t ldx) {
-  const int64_t chunk = 2 * kLanes, padded = (in.n + chunk - 1) / chunk * chunk;
-  in.row_bytes = 2 * padded + 64;  // rows of 4 KiB would share the same sets of L1
+  in.row_bytes = 4 * row_pairs(in.n) + 64;  // rows of 4 KiB would share the same sets of L1
   in.fits = true;
   for (int64_t c = 0; c < in.t; ++c, x += ldx) round_row(x, in.n, reinterpret_cast<int32_t*>(in.space + c * in.row_bytes));
 }
@@ -68,7 +68,7 @@ static void pack_pairs(const Matrix& m, int64_t first, int width, int32_t* tile,
 
 // out [t, width] = x [t, cols] times weight rows [first, first + width), in BF16. tile: scratch where m isn't in pairs.
 static void pair_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
-                         int64_t ldo, int32_t* tile, float* buffer, Inputs& in, int phase) {
+                         int64_t ldo, int32_t* tile, float* buffer, Inputs& in, int phase, const void* next) {
   const bool packed = m.format == kPairs;
   if (!packed) pack_pairs(m, first, width, tile, buffer);
   const auto* panel = static_cast<const int32_t*>(panel_of(m, first));
@@ -76,7 +76,7 @@ static void pair_product(const Matrix& m, int64_t first, int width, const float*
     prepare(in, kPairs, x + i * ldx, ldx, t - i < kPairRows ? t - i : kPairRows, m.cols, phase);
     const auto* rows = in.row<int32_t>(0);
     const int64_t ld = in.row_bytes / 4, pairs = (m.cols + 1) / 2;
-    if (packed) times_tile<kPanel>(rows, ld, in.t, panel, pairs, in.next ? in.next : panel + kPanel * pairs, out + i * ldo, ldo, width);
+    if (packed) times_tile<kPanel>(rows, ld, in.t, panel, pairs, next, out + i * ldo, ldo, width);
     else times_tile<kTile>(rows, ld, in.t, tile, pairs, tile, out + i * ldo, ldo, width);
   }
 }

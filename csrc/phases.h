@@ -29,15 +29,14 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
       if (t0 >= t1) continue;
       const int64_t first = tile * kTile;
       const int width = int(job->m.rows - first < kTile ? job->m.rows - first : kTile);
-      b.inputs.next = nullptr;
+      const void* next = nullptr;
       if (then < tiles) {
-        const Job* next = job_of(then);
-        b.inputs.next = panel_of(next->m, then * kTile);
+        const Job* after = job_of(then);
+        next = panel_of(after->m, then * kTile);
       }
-      run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      run_job(*job, first, width, t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase, next);
     }
   });
-  b.inputs.next = nullptr;
 }
 
 struct ByWeights : LayerPass {
@@ -235,53 +234,41 @@ struct ByWeights : LayerPass {
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
     const int64_t cut = T > 192 ? 96 : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
-    struct Part {  // a tile of an expert's rows, and the input rows it is multiplied with
-      bool shared;
+    struct Part {  // a tile of an expert's rows (e == E: the shared one's), and the input rows it is multiplied with
       int64_t e, first, r0, r1;
     };
     auto part_of = [&](int64_t u, int64_t own_tiles, int64_t shared_tiles) {
-      const bool shared = u < shared_tiles * cuts;  // first, as these are the largest
-      const int64_t v = u - shared_tiles * cuts, r0 = shared ? u / shared_tiles * cut : 0;
-      if (shared) return Part{true, E, u % shared_tiles * kTile, r0, min64(r0 + cut, T)};
+      const int64_t v = u - shared_tiles * cuts, r0 = u / shared_tiles * cut;
+      if (v < 0) return Part{E, u % shared_tiles * kTile, r0, min64(r0 + cut, T)};  // first, as these are the largest
       const int64_t e = chosen[v / own_tiles];
-      return Part{false, e, v % own_tiles * kTile, b.group_start[e], b.group_start[e + 1]};
+      return Part{e, v % own_tiles * kTile, b.group_start[e], b.group_start[e + 1]};
+    };
+    auto multiply = [&](const Matrix& a, const float* x, float* out, const Part& p, const void* next) {
+      run_job({a, x, a.cols, p.r1, out, a.rows}, p.first, int(min64(a.rows - p.first, kTile)), p.r0, p.r1, b.tile,
+              b.rows_buffer, &b.inputs, w.phase, next);
     };
     const int64_t units = active * tiles + shared_tiles * cuts;
     w.units(units, [&](int64_t u) {
-      const Part p = part_of(u, tiles, shared_tiles);
+      const Part p = part_of(u, tiles, shared_tiles), then = part_of(min64(u + w.team.size, units - 1), tiles, shared_tiles);
       if (p.r0 == p.r1) return;
-      const int64_t inter = p.shared ? m.shared_inter : m.inter;
-      const float* x = p.shared ? b.x : b.gathered;
-      float* hidden = b.hidden + (p.shared ? T * k * m.inter : 0);
-      float* up = b.up + (p.shared ? T * k * m.inter : 0);
-      const int width = int(min64(inter - p.first, kTile));
+      const int64_t inter = p.e == E ? m.shared_inter : m.inter;
+      const float* x = p.e == E ? b.x : b.gathered;
+      float* hidden = b.hidden + (p.e == E ? T * k * m.inter : 0);
+      float* up = b.up + (p.e == E ? T * k * m.inter : 0);
       const Matrix *gate = matrices + 3 * p.e, *value = gate + 1;
-      b.inputs.next = panel_of(*value, p.first);
-      run_job({*gate, x, m.hidden, p.r1, hidden, inter}, p.first, width, p.r0, p.r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
-      b.inputs.next = nullptr;
-      if (u + w.team.size < units) {
-        const Part then = part_of(u + w.team.size, tiles, shared_tiles);
-        b.inputs.next = panel_of(matrices[3 * then.e], then.first);
-      }
-      run_job({*value, x, m.hidden, p.r1, up, inter}, p.first, width, p.r0, p.r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      multiply(*gate, x, hidden, p, panel_of(*value, p.first));
+      multiply(*value, x, up, p, panel_of(matrices[3 * then.e], then.first));
+      const int width = int(min64(inter - p.first, kTile));
       for (int64_t r = p.r0; r < p.r1; ++r) swiglu(hidden + r * inter + p.first, up + r * inter + p.first, width);
     });
     w.barrier();
     const int64_t out_tiles = (m.hidden + kTile - 1) / kTile, out_units = (active + cuts) * out_tiles;
     w.units(out_units, [&](int64_t u) {
-      const Part p = part_of(u, out_tiles, out_tiles);
+      const Part p = part_of(u, out_tiles, out_tiles), then = part_of(min64(u + w.team.size, out_units - 1), out_tiles, out_tiles);
       if (p.r0 == p.r1) return;
-      const int64_t inter = p.shared ? m.shared_inter : m.inter;
-      b.inputs.next = nullptr;
-      if (u + w.team.size < out_units) {
-        const Part then = part_of(u + w.team.size, out_tiles, out_tiles);
-        b.inputs.next = panel_of(matrices[3 * then.e + 2], then.first);
-      }
-      run_job({matrices[3 * p.e + 2], b.hidden + (p.shared ? T * k * m.inter : 0), inter, p.r1,
-               p.shared ? b.shared_out : b.expert_out, m.hidden},
-              p.first, int(min64(m.hidden - p.first, kTile)), p.r0, p.r1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+      multiply(matrices[3 * p.e + 2], b.hidden + (p.e == E ? T * k * m.inter : 0), p.e == E ? b.shared_out : b.expert_out, p,
+               panel_of(matrices[3 * then.e + 2], then.first));
     });
-    b.inputs.next = nullptr;
     w.barrier();
   }
 

@@ -16,6 +16,8 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 INLINE VecI load(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+template <class T>
+using Lanes = decltype(load(static_cast<const T*>(nullptr)));
 // v, from here on in a register: the compiler would rather read it again from memory for each use.
 INLINE Vec held(Vec v) {
 #if VECTOR_BYTES == 64

@@ -35,13 +35,8 @@ class _Analyst:
 
 
 @cache
-def _embedded() -> _Analyst:
-    return _Analyst(Asker())
-
-
-@cache
-def _in_bf16() -> _Analyst:
-    return _Analyst(Asker(LLM(device="cpu", dtype=torch.bfloat16)))
+def _embedded(dtype: torch.dtype | None = None) -> _Analyst:
+    return _Analyst(Asker(LLM(device="cpu", dtype=dtype)))
 
 
 @cache
@@ -57,7 +52,7 @@ def nano(path: Path, question: str) -> dict[str, Any]:
 
 def nano_bf16(path: Path, question: str) -> dict[str, Any]:
     """The same in BF16 (`--dtype bfloat16`): the kernels multiply rounded operands."""
-    return _in_bf16()(path, question)
+    return _embedded(torch.bfloat16)(path, question)
 
 
 def trained(path: Path, question: str) -> dict[str, Any]:
