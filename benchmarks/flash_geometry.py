@@ -270,6 +270,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8.0, help="weights to make, GiB (default %(default)s)")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, help="experts a layer (default: what fits)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of products' inputs (default %(default)s)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=24, help="decode steps a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -286,13 +288,14 @@ def main() -> None:
     print(f"$ {' '.join(sys.argv)}\n{machine}", flush=True)
     begin = time.perf_counter()
     geometry = Geometry(args.gib, args.layers, args.experts)
+    geometry.model.multiply_in(getattr(torch, args.dtype))
     print(f"weights made in {time.perf_counter() - begin:.0f} s", flush=True)
     result = measure(geometry, args.steps, args.rounds)
     result["projection"] = project(geometry, result, {**HOSTS, **dict(args.host)})
     show(geometry, result)
     if args.json is not None:
         c = geometry.config
-        record = {"command": sys.argv, "machine": machine, "layers": list(c.compress_ratios),
+        record = {"command": sys.argv, "machine": machine, "dtype": args.dtype, "layers": list(c.compress_ratios),
                   "experts": c.n_routed_experts, "bars": BARS, **result}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -22,6 +22,7 @@ static void experts_body(Worker& w, void* argument) {
   const Model& m = *call.model;
   Buffers b{};
   lay_out_experts(m, call.tokens, reinterpret_cast<char*>(call.workspace), w.id, w.team.size, b);
+  b.inputs.rounds = m.rounds;
   b.x = const_cast<float*>(call.x);
   b.route = const_cast<int32_t*>(call.route);
   b.route_weights = const_cast<float*>(call.route_weights);

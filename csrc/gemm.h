@@ -239,6 +239,7 @@ struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
   int64_t ldx, t;
   float* out;
   int64_t ldo;
+  bool exact = false;  // a packed weight's inputs are never rounded
 };
 
 // Weight rows [first, first + width) of a job for its rows [t0, t1). tile: [cols * kTile] scratch, buffer [4 cols].
@@ -249,8 +250,9 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
   const float* x = job.x + t0 * job.ldx;
   float* out = job.out + t0 * job.ldo + first;
   const int64_t t = t1 - t0, n = job.m.cols;
-  if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, phase)) return;
-  if (inputs && (job.m.format == kPairs || (inputs->rounds && is_packed(job.m)))) {
+  const bool rounds = inputs && inputs->rounds && !job.exact;
+  if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, rounds, phase)) return;
+  if (inputs && (job.m.format == kPairs || (rounds && is_packed(job.m) && (UPWELL_BF16_DOTS || t > kPackedRows)))) {
     auto* pairs = reinterpret_cast<int32_t*>(tile);
     pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase, next);
     return;

@@ -55,7 +55,7 @@ struct Model {
   int64_t hidden, streams, heads, dim, rope, window, q_rank, o_rank, groups;
   int64_t index_heads, index_dim, index_topk, experts, experts_per_token, inter, shared_inter;
   int64_t sinkhorn_iters, vocab, csa_ratio;
-  int64_t rounds;     // 1: products round inputs to BF16, packed weights' from more rows on than registers serve
+  int64_t rounds;     // 1: products round inputs to BF16 (packed.h: Inputs::rounds)
   int64_t by_tokens;  // 1: weights are panels, a layer's dense ones fit the CPU's cache (blocks.h)
   double hc_eps, norm_eps, swiglu_limit, routed_scaling;
   const float *freqs, *compress_freqs;
@@ -126,6 +126,7 @@ struct ProductCall {  // out [tokens, m.rows] = x [tokens, m.cols] m^T
   const float* x;
   int64_t tokens;
   float *out, *workspace;
+  int64_t rounds;
 };
 
 struct HeadCall {  // hyper head, norm, output head: streams [tokens, h, D] -> logits [tokens, V]

@@ -7,6 +7,7 @@
 // finite, scales outside 2^+-63, FP8's NaN) takes weight_row.
 
 constexpr int kPackedRows = 64;  // the most input rows these kernels take
+constexpr int64_t kPairRows = 2 * kPackedRows;  // of rounded ones, what Inputs::space holds
 constexpr int kPadding = 8 * kLanes;  // cols are padded to whole chunks
 constexpr int64_t kRowShift = 512;  // bytes between input rows: without it, they would share the same few sets of L1
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
@@ -72,7 +73,7 @@ struct Inputs {
   int64_t t = 0, n = 0, row_bytes = 0;
   int phase = -1, kind = -1;
   bool fits = false;
-  bool rounds = false;  // to BF16, for more rows than kPackedRows
+  bool rounds = false;  // to BF16: where that is no faster (simd.h) only for more rows than kPackedRows
   float back[kPackedRows][2];  // multiplied together: the power of two that undoes the scaling
 
   template <class T>
@@ -83,11 +84,51 @@ struct Inputs {
 
 static void lay_out_pairs(Inputs& in, const float* x, int64_t ldx);  // pairs.h
 
+// f(Packed<F>{}) for a packed format F.
+template <int64_t F>
+struct Packed {
+  static constexpr int64_t format = F;
+};
+template <class Function>
+static auto of_format(int64_t format, Function f) {
+  if (format == kBF16) return f(Packed<kBF16>{});
+  if (format == kFP8) return f(Packed<kFP8>{});
+  return f(Packed<kFP4>{});
+}
+
+template <int R, int C>
+INLINE void copy_sums(const Vec* from, Vec* to) {
+#pragma GCC unroll 64
+  for (int i = 0; i < R * C; ++i) to[i] = from[i];
+}
+
+// Where R weight rows begin, and their scales.
+struct Rows {
+  const uint8_t *data, *scale;
+  int64_t row_bytes, row_scales;
+};
+
+// Scale bytes for each lane, one for each four, as FP32 times 2^lift.
+INLINE Vec lane_scales(const uint8_t* scale, int lift) {
+  uint32_t bytes = 0;
+  __builtin_memcpy(&bytes, scale, kLanes / 4);
+  VecI word = int32_t(bytes) - VecI{};
+#if VECTOR_BYTES == 64
+  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24};
+#elif VECTOR_BYTES == 32
+  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8};
+#endif
+  return reinterpret_cast<Vec>(((word & 255) + lift) << 23);
+}
+
 #ifndef UPWELL_BYTE_DOTS
 #define UPWELL_BYTE_DOTS 0
 #endif
 #if UPWELL_BYTE_DOTS
 #include "packed_bytes.h"
+#endif
+#if UPWELL_BF16_DOTS
+#include "packed_pairs.h"
 #endif
 
 constexpr int64_t packed_row_bytes(int64_t cols) {  // of one prepared row: floats, or bytes with their sums and scales
@@ -128,10 +169,15 @@ static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
   }
 }
 
-static void prepare(Inputs& in, int64_t format, const float* x, int64_t ldx, int64_t t, int64_t n, int phase) {
-  if (in.x == x && in.t == t && in.n == n && in.phase == phase && in.kind == int(format)) return;
-  in.x = x, in.t = t, in.n = n, in.phase = phase, in.kind = int(format);
+// paired: for weights that are decoded to BF16 (packed_pairs.h).
+static void prepare(Inputs& in, int64_t format, bool paired, const float* x, int64_t ldx, int64_t t, int64_t n, int phase) {
+  const int kind = int(2 * format + paired);
+  if (in.x == x && in.t == t && in.n == n && in.phase == phase && in.kind == kind) return;
+  in.x = x, in.t = t, in.n = n, in.phase = phase, in.kind = kind;
   if (format == kPairs) lay_out_pairs(in, x, ldx);
+#if UPWELL_BF16_DOTS
+  else if (paired) of_format(format, [&](auto f) { lay_out_paired<f.format>(in, x, ldx); });
+#endif
   else if (format == kBF16) lay_out_floats<kBF16>(in, x, ldx);
   else if (format == kFP8) lay_out_floats<kFP8>(in, x, ldx);
 #if UPWELL_BYTE_DOTS
@@ -151,25 +197,6 @@ static bool plain_scales(const Matrix& m, int64_t first, int width) {
   for (int64_t i = begin; i < end; ++i) odd |= uint8_t(m.scale[i] - 64) > 126;
   return !odd;
 }
-
-// Scale bytes for each lane, one for each four, as FP32 times 2^lift.
-INLINE Vec lane_scales(const uint8_t* scale, int lift) {
-  uint32_t bytes = 0;
-  __builtin_memcpy(&bytes, scale, kLanes / 4);
-  VecI word = int32_t(bytes) - VecI{};
-#if VECTOR_BYTES == 64
-  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24};
-#elif VECTOR_BYTES == 32
-  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8};
-#endif
-  return reinterpret_cast<Vec>(((word & 255) + lift) << 23);
-}
-
-// Where R weight rows begin, and their scales.
-struct Rows {
-  const uint8_t *data, *scale;
-  int64_t row_bytes, row_scales;
-};
 
 // acc[r][c] += one chunk of R weight rows times C input rows. `ahead`: bytes to prefetch ahead.
 template <int64_t F, int R, int C>
@@ -211,23 +238,29 @@ INLINE void packed_chunk(const Rows& w, int64_t col, int64_t ahead, const Inputs
 }
 
 template <int64_t F>
-constexpr int kChunk = UPWELL_BYTE_DOTS && F == kFP4 ? 2 * VECTOR_BYTES : kParts<F> * kLanes;
+constexpr bool kBytes = UPWELL_BYTE_DOTS && F == kFP4;  // packed_bytes.h
+template <int64_t F, bool kPaired>
+constexpr int kChunk = kPaired || kBytes<F> ? 2 * VECTOR_BYTES : kParts<F> * kLanes;  // columns
 
 // Columns [from, to) of R weight rows times C input rows, added to sums [R][C]. The last chunk of a row may be cut off:
 // it is read through a padded copy, as the row's end may be the tensor's.
-template <int64_t F, int R, int C>
+template <int64_t F, bool kPaired, int R, int C>
 static void packed_block(const Rows& w, int64_t from, int64_t to, int64_t ahead, const Inputs& in, int64_t c0, Vec* sums,
                          VecI& nan) {
-  constexpr int64_t chunk = kChunk<F>, bytes = chunk * 4 / kParts<F>;
+  constexpr int64_t chunk = kChunk<F, kPaired>, bytes = chunk * 4 / kParts<F>;
   Vec acc[R][C];
-  for (int i = 0; i < R * C; ++i) acc[i / C][i % C] = sums[i];
+  copy_sums<R, C>(sums, acc[0]);
   int64_t col = from;
 #if UPWELL_BYTE_DOTS
   const ByteVec table = load_bytes(doubles_of_codes.values);
 #endif
   auto step = [&](const Rows& rows, int64_t at) {
+#if UPWELL_BF16_DOTS
+    if constexpr (kPaired) paired_chunk<F, R, C>(rows, at, ahead, in, c0, acc);
+    else
+#endif
 #if UPWELL_BYTE_DOTS
-    if constexpr (F == kFP4) byte_chunk<R, C>(rows.data, rows.scale, rows.row_bytes, rows.row_scales, at, ahead, in, c0, at, table, acc);
+    if constexpr (kBytes<F>) byte_chunk<R, C>(rows.data, rows.scale, rows.row_bytes, rows.row_scales, at, ahead, in, c0, at, table, acc);
     else
 #endif
       packed_chunk<F, R, C>(rows, at, ahead, in, c0, acc, nan);
@@ -245,12 +278,12 @@ static void packed_block(const Rows& w, int64_t from, int64_t to, int64_t ahead,
     ahead = 0;
     step(Rows{data - col * 4 / kParts<F>, scale - (F == kFP8 ? col / 128 : col / 32), bytes, 4}, col);
   }
-  for (int i = 0; i < R * C; ++i) sums[i] = acc[i / C][i % C];
+  copy_sums<R, C>(acc[0], sums);
 }
 
 // Weight rows [first, first + width) times input rows [c0, c0 + C). From four input rows on, a block of columns is done
 // for all weight rows at once, so that the inputs' block stays in L1. Returns whether FP8's NaN was met.
-template <int64_t F, int C>
+template <int64_t F, bool kPaired, int C>
 __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t first, int width, const Inputs& in, int64_t c0, float* out, int64_t ldo) {
   constexpr int R = C < 4 ? 4 : 2;
   const int64_t n = m.cols, row_bytes = n * 4 / kParts<F>, block = C < 4 ? n : 512;
@@ -265,11 +298,12 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
     for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
     return bool(any & int32_t(0x80808080));
   };
+  auto scaled_back = [&](int c, float sum) { return kPaired ? sum : sum * in.back[c0 + c][0] * in.back[c0 + c][1]; };
   auto rows_from = [&](int r) { return Rows{data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}; };
   if (n <= block && width == kTile) {  // short rows: what a row comes to never leaves the registers
     for (int r = 0; r < kTile; r += R) {
       Vec sums[R * C] = {};
-      packed_block<F, R, C>(rows_from(r), 0, n, R * row_bytes, in, c0, sums, nan);
+      packed_block<F, kPaired, R, C>(rows_from(r), 0, n, R * row_bytes, in, c0, sums, nan);
       for (int i = 0; i < R * C; i += 4) {  // four at once: of one input row, or of one weight row
         constexpr int step = R == 4 ? C : 1;
         const int at = R == 4 ? i / 4 : i;
@@ -277,8 +311,7 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
         sum_four(sums[at], sums[at + step], sums[at + 2 * step], sums[at + 3 * step], four);
         for (int k = 0; k < 4; ++k) {
           const int c = R == 4 ? at : i % C + k, row = R == 4 ? k : i / C;
-          const float* back = in.back[c0 + c];
-          out[c * ldo + r + row] = four[k] * back[0] * back[1];
+          out[c * ldo + r + row] = scaled_back(c, four[k]);
         }
       }
     }
@@ -292,37 +325,56 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
     if (block < n) ahead = to < n ? block * 4 / kParts<F> : 2 * kTile * row_bytes - from * 4 / kParts<F>;
     int r = 0;
     for (; r + R <= width; r += R)
-      packed_block<F, R, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
-    for (; r < width; ++r) packed_block<F, 1, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
+      packed_block<F, kPaired, R, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
+    for (; r < width; ++r) packed_block<F, kPaired, 1, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
   }
-  for (int c = 0; c < C; ++c) {
-    const float *back = in.back[c0 + c];
-    for (int r = 0; r < width; ++r) out[c * ldo + r] = sum_lanes(sums[r * C + c]) * back[0] * back[1];
-  }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < width; ++r) out[c * ldo + r] = scaled_back(c, sum_lanes(sums[r * C + c]));
   return is_nan();
 }
 
-template <int64_t F>
+template <int64_t F, bool kPaired = false>
 static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
   bool nan = false;
   int64_t c = 0;
-  if constexpr (kManyRegisters && kChunk<F> != 2 * VECTOR_BYTES)
-    for (; in.t - c >= 8; c += 8) nan |= packed_columns<F, 8>(m, first, width, in, c, out + c * ldo, ldo);
-  for (; in.t - c >= 4; c += 4) nan |= packed_columns<F, 4>(m, first, width, in, c, out + c * ldo, ldo);
-  if (in.t - c == 3) nan |= packed_columns<F, 3>(m, first, width, in, c, out + c * ldo, ldo);
-  if (in.t - c == 2) nan |= packed_columns<F, 2>(m, first, width, in, c, out + c * ldo, ldo);
-  if (in.t - c == 1) nan |= packed_columns<F, 1>(m, first, width, in, c, out + c * ldo, ldo);
+  if constexpr (kManyRegisters && (kPaired ? F == kBF16 : !kBytes<F>))
+    for (; in.t - c >= 8; c += 8) nan |= packed_columns<F, kPaired, 8>(m, first, width, in, c, out + c * ldo, ldo);
+  for (; in.t - c >= 4; c += 4) nan |= packed_columns<F, kPaired, 4>(m, first, width, in, c, out + c * ldo, ldo);
+  if (in.t - c == 3) nan |= packed_columns<F, kPaired, 3>(m, first, width, in, c, out + c * ldo, ldo);
+  if (in.t - c == 2) nan |= packed_columns<F, kPaired, 2>(m, first, width, in, c, out + c * ldo, ldo);
+  if (in.t - c == 1) nan |= packed_columns<F, kPaired, 1>(m, first, width, in, c, out + c * ldo, ldo);
   return nan;
 }
 
-// out [t, width] = x [t, cols] times weight rows [first, first + width), t <= kPackedRows; false where these kernels
-// don't serve these values, and out is unspecified.
-__attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
-                           int64_t ldo, Inputs& in, int phase) {
-  if (!is_packed(m) || t > kPackedRows || !plain_scales(m, first, width)) return false;
-  prepare(in, m.format, x, ldx, t, m.cols, phase);
-  if (!in.fits) return false;
-  if (m.format == kBF16) return !packed_rows<kBF16>(m, first, width, in, out, ldo);
-  if (m.format == kFP8) return !packed_rows<kFP8>(m, first, width, in, out, ldo);
-  return !packed_rows<kFP4>(m, first, width, in, out, ldo);
+#if UPWELL_BF16_DOTS
+template <int64_t F>
+static bool paired_rows(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
+  return in.t < kTiledRows<F> ? packed_rows<F, true>(m, first, width, in, out, ldo) : paired_tiles<F>(m, first, width, in, out, ldo);
+}
+#endif
+
+// The input rows that a thread lays out at once: what leaves room in the L2 cache for weights.
+static int64_t rows_at_once(const Matrix& m, bool paired) {
+  return paired ? max64(16, min64(kPairRows, (int64_t(256) << 10) / m.cols)) : kPackedRows;
+}
+
+// out [t, width] = x [t, cols] times weight rows [first, first + width). rounds: both in BF16, where that is faster.
+// False where these kernels don't serve these values or so many rows, and out is unspecified.
+__attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx,
+                                                     int64_t t, float* out, int64_t ldo, Inputs& in, bool rounds, int phase) {
+  const bool paired = UPWELL_BF16_DOTS && rounds;
+  if (!is_packed(m) || (t > kPackedRows && !paired) || !plain_scales(m, first, width)) return false;
+  const int64_t most = rows_at_once(m, paired);
+  for (int64_t i = 0; i < t; i += most, x += most * ldx, out += most * ldo) {
+    prepare(in, m.format, paired, x, ldx, min64(most, t - i), m.cols, phase);
+    if (!in.fits) return false;
+    const bool nan = of_format(m.format, [&](auto f) {
+#if UPWELL_BF16_DOTS
+      if (paired) return paired_rows<f.format>(m, first, width, in, out, ldo);
+#endif
+      return packed_rows<f.format>(m, first, width, in, out, ldo);
+    });
+    if (nan) return false;
+  }
+  return true;
 }

@@ -1,38 +1,6 @@
 // Products of BF16 operands, summed in FP32: twice the multiply-adds an instruction where the CPU has dot products of
 // BF16, half the bytes of FP32 panels everywhere. Weights and inputs lie in pairs of neighbouring columns, a pair a lane.
 
-// Pairs of a lane of `even` and the same one of `odd`.
-INLINE VecI round_pairs(Vec even, Vec odd) {
-#if UPWELL_BF16_DOTS
-  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
-  typedef int16_t Shorts __attribute__((vector_size(64)));
-  Shorts apart;
-  __builtin_memcpy(&apart, &both, 64);
-  return reinterpret_cast<VecI>(__builtin_shufflevector(apart, apart, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
-                                                        24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-#else
-  auto rounded = [](Vec v) {
-    const VecI bits = reinterpret_cast<VecI>(v);
-    return select(v != v, reinterpret_cast<Vec>(bits | 0x400000), reinterpret_cast<Vec>(bits + 0x7fff + (bits >> 16 & 1)));
-  };
-  const VecI low = reinterpret_cast<VecI>(rounded(even)), high = reinterpret_cast<VecI>(rounded(odd));
-  return (low >> 16 & 0xffff) | (high & int32_t(0xffff0000));
-#endif
-}
-// Pairs of neighbouring lanes, those of a first.
-INLINE VecI round_neighbours(Vec a, Vec b) {
-#if UPWELL_BF16_DOTS
-  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
-  VecI pairs;
-  __builtin_memcpy(&pairs, &both, 64);
-  return pairs;
-#else
-  const Vec in[2] = {a, b};
-  Vec apart[2];
-  every_pth<2>(in, apart);
-  return round_pairs(apart[0], apart[1]);
-#endif
-}
 // A row [n] as pairs of neighbours, padded with zeros to whole vectors: row_pairs(n) of them.
 INLINE int64_t row_pairs(int64_t n) { return (n + 2 * kLanes - 1) / (2 * kLanes) * kLanes; }
 INLINE void round_row(const float* row, int64_t n, int32_t* out) {
@@ -41,8 +9,6 @@ INLINE void round_row(const float* row, int64_t n, int32_t* out) {
     store(reinterpret_cast<float*>(out), reinterpret_cast<Vec>(round_neighbours(a, b)));
   }
 }
-
-constexpr int64_t kPairRows = 2 * kPackedRows;  // rows that are rounded together: what Inputs::space holds
 
 // x [t, n] into in.space: t <= kPairRows rows of pairs.
 static void lay_out_pairs(Inputs& in, const float* x, int64_t ldx) {
@@ -73,7 +39,7 @@ static void pair_product(const Matrix& m, int64_t first, int width, const float*
   if (!packed) pack_pairs(m, first, width, tile, buffer);
   const auto* panel = static_cast<const int32_t*>(panel_of(m, first));
   for (int64_t i = 0; i < t; i += kPairRows) {
-    prepare(in, kPairs, x + i * ldx, ldx, t - i < kPairRows ? t - i : kPairRows, m.cols, phase);
+    prepare(in, kPairs, false, x + i * ldx, ldx, t - i < kPairRows ? t - i : kPairRows, m.cols, phase);
     const auto* rows = in.row<int32_t>(0);
     const int64_t ld = in.row_bytes / 4, pairs = (m.cols + 1) / 2;
     if (packed) times_tile<kPanel>(rows, ld, in.t, panel, pairs, next, out + i * ldo, ldo, width);

@@ -8,8 +8,9 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   int64_t t = 1;
   for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
   int64_t step = t;
-  const bool pairs = jobs[0].m.format == kPairs;  // rows that a thread has rounded serve all tiles, then come the next
-  if (pairs) step = min64(step, kPairRows);
+  // Rows that a thread has rounded serve all tiles, then come the next.
+  const bool paired = UPWELL_BF16_DOTS && b.inputs.rounds && is_packed(jobs[0].m), pairs = paired || jobs[0].m.format == kPairs;
+  if (pairs) step = min64(step, paired ? rows_at_once(jobs[0].m, true) : kPairRows);
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
@@ -181,7 +182,7 @@ struct ByWeights : LayerPass {
   }
 
   void route(const Layer& l) {
-    Job gate{l.gate, b.x, m.hidden, T, b.scores, m.experts};
+    Job gate{l.gate, b.x, m.hidden, T, b.scores, m.experts, true};
     run_jobs(w, b, &gate, 1);
     w.barrier();
     tokens([&](int64_t t) { route_token(l, t, b.scores + t * m.experts); });

@@ -12,6 +12,7 @@ static void product_body(Worker& w, void* argument) {
   b.rows_buffer = b.tile + n * kTile;
   const auto space = reinterpret_cast<uintptr_t>(b.rows_buffer + n * 4);
   b.inputs.space = reinterpret_cast<char*>((space + 63) / 64 * 64);
+  b.inputs.rounds = call.rounds;
   const Job job{call.m, call.x, n, call.tokens, call.out, call.m.rows};
   run_jobs(w, b, &job, 1);
 }

@@ -29,6 +29,7 @@ INLINE Vec held(Vec v) {
 #endif
   return v;
 }
+INLINE VecI held(VecI v) { return reinterpret_cast<VecI>(held(reinterpret_cast<Vec>(v))); }
 INLINE Vec multiply_add(Vec acc, Vec x, Vec w) { return acc + x * w; }
 // Of lanes that hold a pair of BF16 each: both products, summed in FP32.
 INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
@@ -218,6 +219,39 @@ INLINE void every_pth(const Vec* in, Vec* out) {
   }
 #undef UPWELL_EVEN
 #undef UPWELL_ODD
+}
+
+// Pairs of a lane of `even` and the same one of `odd`.
+INLINE VecI round_pairs(Vec even, Vec odd) {
+#if UPWELL_BF16_DOTS
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
+  typedef int16_t Shorts __attribute__((vector_size(64)));
+  Shorts apart;
+  __builtin_memcpy(&apart, &both, 64);
+  return reinterpret_cast<VecI>(__builtin_shufflevector(apart, apart, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                                        24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+#else
+  auto rounded = [](Vec v) {
+    const VecI bits = reinterpret_cast<VecI>(v);
+    return select(v != v, reinterpret_cast<Vec>(bits | 0x400000), reinterpret_cast<Vec>(bits + 0x7fff + (bits >> 16 & 1)));
+  };
+  const VecI low = reinterpret_cast<VecI>(rounded(even)), high = reinterpret_cast<VecI>(rounded(odd));
+  return (low >> 16 & 0xffff) | (high & int32_t(0xffff0000));
+#endif
+}
+// Pairs of neighbouring lanes, those of a first.
+INLINE VecI round_neighbours(Vec a, Vec b) {
+#if UPWELL_BF16_DOTS
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+  VecI pairs;
+  __builtin_memcpy(&pairs, &both, 64);
+  return pairs;
+#else
+  const Vec in[2] = {a, b};
+  Vec apart[2];
+  every_pth<2>(in, apart);
+  return round_pairs(apart[0], apart[1]);
+#endif
 }
 
 // The lower halves of both, or the upper ones, lane by lane in turn.

@@ -108,22 +108,26 @@ def test_nan_weights_and_scales_reach_only_their_rows(isa: str, tokens: int) -> 
     assert torch.equal(nan, (torch.arange(50) == 9).expand(tokens, -1))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp4"])
-def test_every_code_has_its_value(isa: str, kind: str) -> None:
-    """Each code alone in a row, times one: the product is the code's value, exactly."""
+def every_code(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Each code alone in a row of 128 columns, scales of 1, and the codes' values."""
     if kind == "fp8":
-        codes = torch.arange(256, dtype=torch.uint8)
         weight = torch.zeros(256, 128, dtype=torch.uint8)
-        weight[torch.arange(256), torch.arange(256) % 128] = codes
-        got = product(torch.ones(1, 128), weight.view(torch.float8_e4m3fn), torch.full((2, 1), 127, dtype=torch.uint8))
+        weight[torch.arange(256), torch.arange(256) % 128] = torch.arange(256, dtype=torch.uint8)
+        weight, scale = weight.view(torch.float8_e4m3fn), torch.full((2, 1), 127, dtype=torch.uint8)
         sizes = [(8 + c % 8) * 2.0 ** (c // 8 - 10) if c >= 8 else c * 2.0**-9 for c in range(127)] + [float("nan")]
     else:
         weight = torch.zeros(16, 64, dtype=torch.uint8)
         for code in range(16):
             weight[code, 3 * code] = code << (code % 2 * 4)
-        got = product(torch.ones(1, 128), weight, torch.full((16, 4), 127, dtype=torch.uint8))
+        scale = torch.full((16, 4), 127, dtype=torch.uint8)
         sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    expected = torch.tensor(sizes + [-s for s in sizes])
+    return weight, scale, torch.tensor(sizes + [-s for s in sizes])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_every_code_has_its_value(isa: str, kind: str) -> None:
+    weight, scale, expected = every_code(kind)
+    got = product(torch.ones(1, 128), weight, scale)
     assert torch.equal(got[0].nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9))
 
 

@@ -112,7 +112,10 @@ PANELS, PAIRS = 4, 5  # formats of such weights: FP32, and BF16 by pairs of colu
 
 
 class ProductCall(ctypes.Structure):
-    _fields_ = [("m", Matrix), ("x", c_void_p), ("tokens", c_int64), ("out", c_void_p), ("workspace", c_void_p)]
+    _fields_ = [
+        ("m", Matrix), ("x", c_void_p), ("tokens", c_int64), ("out", c_void_p), ("workspace", c_void_p),
+        ("rounds", c_int64),
+    ]  # fmt: skip
 
 
 @cache
@@ -195,11 +198,13 @@ def pairs(weight: torch.Tensor) -> torch.Tensor:
 
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, out_features: int | None = None
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, out_features: int | None = None,
+    rounds: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear) -> [T, out] FP32.
 
-    With `out_features`, weight is what `pairs` made, and x is rounded to BF16, too.
+    With `out_features`, weight is what `pairs` made, and x is rounded to BF16, too. With `rounds`, x is rounded beside
+    packed weights where that is faster: from the first row on where `bf16_dots`, else beyond 64 rows.
     """
     lib = library()
     assert lib is not None and weight.is_contiguous() and x.dtype == torch.float32
@@ -210,7 +215,7 @@ def product(
     at = None if scale is None else scale.data_ptr()
     matrix = Matrix(weight.data_ptr(), at, rows, cols, FORMATS[weight.dtype] if out_features is None else PAIRS)
     lib.upwell_set_threads(threads)
-    call = ProductCall(matrix, x.data_ptr(), x.shape[0], out.data_ptr(), workspace.data_ptr())
+    call = ProductCall(matrix, x.data_ptr(), x.shape[0], out.data_ptr(), workspace.data_ptr(), int(rounds))
     lib.upwell_product(ctypes.addressof(call))
     return out
 
