@@ -270,8 +270,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8.0, help="weights to make, GiB (default %(default)s)")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, help="experts a layer (default: what fits)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of products' inputs (default %(default)s)")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+                        help="in what products are computed (default %(default)s, as V4 is)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=24, help="decode steps a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

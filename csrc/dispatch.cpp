@@ -22,6 +22,7 @@ bool runs(const char* name) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__)
+  if (std::strcmp(name, "bf16") == 0) return runs("dotprod") && getauxval(AT_HWCAP2) & HWCAP2_BF16;
   if (std::strcmp(name, "dotprod") == 0) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
   return std::strcmp(name, "baseline") == 0;
@@ -34,6 +35,7 @@ const Choice choices[] = {
     {"avx512", &avx512::kernels},
     {"avx2", &avx2::kernels},
 #elif defined(__aarch64__)
+    {"bf16", &bf16::kernels},
     {"dotprod", &dotprod::kernels},
 #endif
     {"baseline", &baseline::kernels},

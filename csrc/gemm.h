@@ -252,7 +252,7 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
   const int64_t t = t1 - t0, n = job.m.cols;
   const bool rounds = inputs && inputs->rounds && !job.exact;
   if (inputs && packed_product(job.m, first, width, x, job.ldx, t, out, job.ldo, *inputs, rounds, phase)) return;
-  if (inputs && (job.m.format == kPairs || (rounds && is_packed(job.m) && (UPWELL_BF16_DOTS || t > kPackedRows)))) {
+  if (inputs && (job.m.format == kPairs || (rounds && is_packed(job.m) && rounds_rows(t)))) {
     auto* pairs = reinterpret_cast<int32_t*>(tile);
     pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase, next);
     return;

@@ -34,6 +34,7 @@ namespace avx512vnni { extern const Kernels kernels; }
 namespace avx512bf16 { extern const Kernels kernels; }
 #elif defined(__aarch64__)
 namespace dotprod { extern const Kernels kernels; }
+namespace bf16 { extern const Kernels kernels; }
 #endif
 
 }  // namespace upwell

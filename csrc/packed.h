@@ -73,7 +73,7 @@ struct Inputs {
   int64_t t = 0, n = 0, row_bytes = 0;
   int phase = -1, kind = -1;
   bool fits = false;
-  bool rounds = false;  // to BF16: where that is no faster (simd.h) only for more rows than kPackedRows
+  bool rounds = false;  // to BF16, see rounds_rows
   float back[kPackedRows][2];  // multiplied together: the power of two that undoes the scaling
 
   template <class T>
@@ -94,6 +94,14 @@ static auto of_format(int64_t format, Function f) {
   if (format == kBF16) return f(Packed<kBF16>{});
   if (format == kFP8) return f(Packed<kFP8>{});
   return f(Packed<kFP4>{});
+}
+
+// Of words of FP8 codes: bits that any_nan finds where one is NaN.
+INLINE VecI nan_bits(VecI word) { return (word & 0x7f7f7f7f) + 0x01010101; }
+static bool any_nan(VecI bits) {
+  int32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= bits[lane];
+  return any & int32_t(0x80808080);
 }
 
 template <int R, int C>
@@ -211,7 +219,7 @@ INLINE void packed_chunk(const Rows& w, int64_t col, int64_t ahead, const Inputs
     __builtin_prefetch(p + ahead, 0, 2);  // into L2: L1 holds the inputs
     const VecI word = load_words(p);
     decode<F>(word, parts[r]);
-    if constexpr (F == kFP8) nan |= (word & 0x7f7f7f7f) + 0x01010101;
+    if constexpr (F == kFP8) nan |= nan_bits(word);
     factor[r] = shared;
     if constexpr (F == kFP4) factor[r] = lane_scales(w.scale + r * w.row_scales + col / 32, kLift<F>);
     if constexpr (C == 1 && F != kBF16) {
@@ -293,11 +301,6 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
   if (F == kFP8) scale = m.scale + first / 128 * ((n + 127) / 128);
   if (F == kFP4) scale = m.scale + first * row_scales;
   VecI nan{};
-  auto is_nan = [&] {
-    int32_t any = 0;
-    for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
-    return bool(any & int32_t(0x80808080));
-  };
   auto scaled_back = [&](int c, float sum) { return kPaired ? sum : sum * in.back[c0 + c][0] * in.back[c0 + c][1]; };
   auto rows_from = [&](int r) { return Rows{data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}; };
   if (n <= block && width == kTile) {  // short rows: what a row comes to never leaves the registers
@@ -315,7 +318,7 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
         }
       }
     }
-    return is_nan();
+    return any_nan(nan);
   }
   Vec sums[kTile * C] = {};
   for (int64_t from = 0; from < n; from += block) {
@@ -330,7 +333,7 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
   }
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < width; ++r) out[c * ldo + r] = scaled_back(c, sum_lanes(sums[r * C + c]));
-  return is_nan();
+  return any_nan(nan);
 }
 
 template <int64_t F, bool kPaired = false>
@@ -349,9 +352,19 @@ static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs&
 #if UPWELL_BF16_DOTS
 template <int64_t F>
 static bool paired_rows(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
-  return in.t < kTiledRows<F> ? packed_rows<F, true>(m, first, width, in, out, ldo) : paired_tiles<F>(m, first, width, in, out, ldo);
+  if constexpr (kPairsInRegisters)
+    if (in.t < kTiledRows<F>) return packed_rows<F, true>(m, first, width, in, out, ldo);
+  return paired_tiles<F>(m, first, width, in, out, ldo);
 }
 #endif
+
+// Whether packed weights and t input rows are multiplied in BF16, where that is asked for.
+static bool rounds_rows(int64_t t) {
+#if UPWELL_BF16_DOTS
+  return kPairsInRegisters || t >= kTiledRows<kFP8>;
+#endif
+  return t > kPackedRows;
+}
 
 // The input rows that a thread lays out at once: what leaves room in the L2 cache for weights.
 static int64_t rows_at_once(const Matrix& m, bool paired) {
@@ -362,7 +375,7 @@ static int64_t rows_at_once(const Matrix& m, bool paired) {
 // False where these kernels don't serve these values or so many rows, and out is unspecified.
 __attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx,
                                                      int64_t t, float* out, int64_t ldo, Inputs& in, bool rounds, int phase) {
-  const bool paired = UPWELL_BF16_DOTS && rounds;
+  const bool paired = UPWELL_BF16_DOTS && rounds && rounds_rows(t);
   if (!is_packed(m) || (t > kPackedRows && !paired) || !plain_scales(m, first, width)) return false;
   const int64_t most = rows_at_once(m, paired);
   for (int64_t i = 0; i < t; i += most, x += most * ldx, out += most * ldo) {

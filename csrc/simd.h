@@ -33,7 +33,9 @@ INLINE VecI held(VecI v) { return reinterpret_cast<VecI>(held(reinterpret_cast<V
 INLINE Vec multiply_add(Vec acc, Vec x, Vec w) { return acc + x * w; }
 // Of lanes that hold a pair of BF16 each: both products, summed in FP32.
 INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
-#if UPWELL_BF16_DOTS
+#if UPWELL_BF16_DOTS && defined(__aarch64__)
+  return Vec(vbfdotq_f32(float32x4_t(acc), vreinterpretq_bf16_s32(int32x4_t(x)), vreinterpretq_bf16_s32(int32x4_t(w))));
+#elif UPWELL_BF16_DOTS
   __m512bh a, b;
   __builtin_memcpy(&a, &x, 64);
   __builtin_memcpy(&b, &w, 64);
@@ -223,7 +225,10 @@ INLINE void every_pth(const Vec* in, Vec* out) {
 
 // Pairs of a lane of `even` and the same one of `odd`.
 INLINE VecI round_pairs(Vec even, Vec odd) {
-#if UPWELL_BF16_DOTS
+#if UPWELL_BF16_DOTS && defined(__aarch64__)
+  const bfloat16x8_t a = vcvtq_low_bf16_f32(float32x4_t(even)), b = vcvtq_low_bf16_f32(float32x4_t(odd));
+  return VecI(vreinterpretq_s32_s16(vzip1q_s16(vreinterpretq_s16_bf16(a), vreinterpretq_s16_bf16(b))));
+#elif UPWELL_BF16_DOTS
   const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
   typedef int16_t Shorts __attribute__((vector_size(64)));
   Shorts apart;
@@ -241,7 +246,9 @@ INLINE VecI round_pairs(Vec even, Vec odd) {
 }
 // Pairs of neighbouring lanes, those of a first.
 INLINE VecI round_neighbours(Vec a, Vec b) {
-#if UPWELL_BF16_DOTS
+#if UPWELL_BF16_DOTS && defined(__aarch64__)
+  return VecI(vreinterpretq_s32_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(float32x4_t(a)), float32x4_t(b))));
+#elif UPWELL_BF16_DOTS
   const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
   VecI pairs;
   __builtin_memcpy(&pairs, &both, 64);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -129,6 +131,14 @@ def test_every_code_has_its_value(isa: str, kind: str) -> None:
     weight, scale, expected = every_code(kind)
     got = product(torch.ones(1, 128), weight, scale)
     assert torch.equal(got[0].nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9))
+
+
+def test_a_set_that_the_cpu_lacks_is_refused_and_changes_nothing() -> None:
+    foreign = ("dotprod", "bf16") if platform.machine() == "x86_64" else ("avx2", "avx512bf16")
+    before = native.describe()
+    for name in (*foreign, "mmx"):
+        assert not native.set_isa(name)
+        assert native.describe() == before
 
 
 def test_every_set_but_the_baseline_multiplies_fp4_by_bytes(isa: str) -> None:

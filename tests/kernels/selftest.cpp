@@ -96,12 +96,13 @@ void expect(bool good, const char* what, double got, double wanted) {
 }
 
 // out [t, rows] = x [t, cols] times the weight, in one thread; `repeats` times.
-std::vector<float> product(const Weight& w, const std::vector<float>& x, int64_t t, int repeats = 1) {
+std::vector<float> product(const Weight& w, const std::vector<float>& x, int64_t t, int repeats = 1, bool rounds = false) {
   const int64_t n = w.m.cols, rows = w.m.rows;
   std::vector<float> out(size_t(t * rows), -1), tile(size_t(n * kTile)), buffer(size_t(4 * n));
   std::vector<char> space(size_t(kPackedRows * packed_row_bytes(n) + 64));
   Inputs inputs;
   inputs.space = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64);
+  inputs.rounds = rounds;
   const Job job{w.m, x.data(), n, t, out.data(), rows};
   for (int phase = 0; phase < repeats; ++phase)
     for (int64_t first = 0; first < rows; first += kTile)
@@ -137,6 +138,17 @@ float in_bf16(float x) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+// Packed weights times inputs rounded to BF16, where so many are.
+void check_rounded(int64_t format, int64_t rows, int64_t cols, int64_t t) {
+  const Weight w = random_weight(format, rows, cols, 110, 130);
+  std::vector<float> x(size_t(t * cols));
+  for (auto& v : x) v = float(normal());
+  const auto out = product(w, x, t, 1, true);
+  if (rounds_rows(t))
+    for (auto& v : x) v = in_bf16(v);
+  expect_product(out, w.dense, x, rows, cols, t, "product of a packed weight in BF16");
 }
 
 // Weights in pairs of BF16 columns: the product of rounded operands.
@@ -291,12 +303,14 @@ int main(int count, char** arguments) {
     if (format == kFP8 || format == kFP4) check_product(format, 7, 192, 2, 1e10, 1, 20);  // scales near the ends
     check_product(format, 3, 2048, 1, 1, 100, 150);
     check_specials(format);
+    for (int64_t t : {1, 5, 6, 13, 40, 70})
+      if (format != kF32) check_rounded(format, 1 + t % 37, format == kFP4 ? 32 * (1 + t % 37) : 200 + 31 * t, t);
   }
   for (int64_t t : {1, 2, 3, 5, 8, 13, 140}) check_pairs(1 + t * 3 % 97, 30 + t, t);
   for (int heads : {1, 3, 4, 5, kLanes})
     if (heads <= kLanes) check_attention(heads, 20 + 4 * heads, 8, 5 + 11 * heads);
   check_attention(kLanes, 512, 64, 130);
-  std::printf("%d checks, %d failed (vectors of %d bytes, %s)\n", checks, failures, VECTOR_BYTES,
-              UPWELL_BYTE_DOTS ? "FP4 by bytes" : "FP4 by floats");
+  std::printf("%d checks, %d failed (vectors of %d bytes, %s%s)\n", checks, failures, VECTOR_BYTES,
+              UPWELL_BYTE_DOTS ? "FP4 by bytes" : "FP4 by floats", UPWELL_BF16_DOTS ? ", dot products of BF16" : "");
   return failures != 0;
 }

@@ -19,7 +19,7 @@ import torch
 
 from upwell.errors import UpwellError
 
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "dotprod")
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "dotprod", "bf16")
 
 
 class Matrix(ctypes.Structure):
