@@ -67,7 +67,7 @@ def test_extremes_are_where_plain_has_them(isa: str, value: float) -> None:
 
 
 def multiplied(x: Tensor) -> Tensor:
-    """What packed weights meet with `rounds`: x rounded; with NEON only from 6 rows on, without dot products from 65."""
+    """What packed weights meet with `rounds`: x rounded; with NEON from 6 rows on, without dot products from 65 on."""
     least = 65 if not native.bf16_dots() else 1 if platform.machine() == "x86_64" else 6
     return rounded(x) if len(x) >= least else x
 
