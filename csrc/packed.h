@@ -340,7 +340,7 @@ template <int64_t F, bool kPaired = false>
 static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
   bool nan = false;
   int64_t c = 0;
-  if constexpr (kManyRegisters && (kPaired ? F == kBF16 : !kBytes<F>))
+  if constexpr (kManyRegisters && !kPaired && !kBytes<F>)
     for (; in.t - c >= 8; c += 8) nan |= packed_columns<F, kPaired, 8>(m, first, width, in, c, out + c * ldo, ldo);
   for (; in.t - c >= 4; c += 4) nan |= packed_columns<F, kPaired, 4>(m, first, width, in, c, out + c * ldo, ldo);
   if (in.t - c == 3) nan |= packed_columns<F, kPaired, 3>(m, first, width, in, c, out + c * ldo, ldo);

@@ -8,7 +8,7 @@
 constexpr int64_t kPairChunk = 2 * VECTOR_BYTES;  // columns
 constexpr bool kPairsInRegisters = VECTOR_BYTES == 64;
 template <int64_t F>
-constexpr int kTiledRows = kPairsInRegisters && F == kBF16 ? 9 : 6;  // from so many on
+constexpr int kTiledRows = kPairsInRegisters && F == kBF16 ? 8 : 6;  // from so many on
 template <int64_t F>
 constexpr int kChunkBytes = kPairChunk * 4 / kParts<F>;
 template <int64_t F>
@@ -210,16 +210,20 @@ INLINE void decode_scaled(const Rows& w, int64_t col, int64_t count, int64_t ahe
   }
 }
 
-// sums [4][C] += four weight rows times C input rows, `steps` vectors of pairs each.
+// sums [4][C] += four weight rows times C input rows, `steps` vectors of pairs each. ahead: bytes from the weights to what
+// is fetched.
 template <int C>
-static void paired_tile(const int32_t* w, const int32_t* x, int64_t ldx, int64_t steps, Vec* sums) {
+static void paired_tile(const uint8_t* const (&w)[4], int64_t ahead, const int32_t* x, int64_t ldx, int64_t steps, Vec* sums) {
   Vec acc[4][C];
   copy_sums<4, C>(sums, acc[0]);
   const int32_t* x3 = x + 3 * ldx;
   const int64_t l1 = ldx, l2 = 2 * ldx;
-  for (int64_t k = 0; k < steps; ++k, w += kLanes, x += kLanes, x3 += kLanes) {
+  for (int64_t at = 0; at < steps * VECTOR_BYTES; at += VECTOR_BYTES, x += kLanes, x3 += kLanes) {
     VecI rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = held(load(w + r * (kTileColumns / 2)));
+    for (int r = 0; r < 4; ++r) {
+      if (ahead) __builtin_prefetch(w[r] + at + ahead, 0, 2);
+      rows[r] = held(load_words(w[r] + at));
+    }
 #define UPWELL_STEP(c, at)                                                                      \
   if constexpr (C > (c)) {                                                                      \
     const VecI v = held(load(at));                                                              \
@@ -250,14 +254,20 @@ __attribute__((noinline)) static bool paired_tiles(const Matrix& m, int64_t firs
     for (int64_t i = 0; i < 4 * t; ++i) sums[i] = zero();
     for (int64_t from = 0; from < n; from += kTileColumns) {
       const int64_t columns = min64(kTileColumns, n - from), steps = (columns + kPairChunk - 1) / kPairChunk * 4;
+      const bool as_they_lie = F == kBF16 && columns % kPairChunk == 0;
+      const uint8_t* w[4];
       for (int i = 0; i < 4; ++i) {
         const int64_t row = min64(r + i, width - 1);  // a missing row: the last again
-        decode_scaled<F>({data + row * row_bytes, scale + row * row_scales, 0, 0}, from, columns, 4 * row_bytes, decoded[i], nan);
+        w[i] = as_they_lie ? data + row * row_bytes + 2 * from : reinterpret_cast<const uint8_t*>(decoded[i]);
+        if (!as_they_lie)
+          decode_scaled<F>({data + row * row_bytes, scale + row * row_scales, 0, 0}, from, columns, 4 * row_bytes, decoded[i], nan);
       }
+      // What comes next: the next columns of these rows, or the next rows.
+      const int64_t ahead = !as_they_lie ? 0 : from + columns < n ? 2 * columns : 4 * row_bytes - 2 * from;
       groups([&](int64_t c, int64_t count, Vec* own) {
         const int32_t* x = in.row<int32_t>(c) + from / 2;
         switch (count) {
-#define UPWELL_TILE(C) case C: return paired_tile<C>(decoded[0], x, ld, steps, own);
+#define UPWELL_TILE(C) case C: return paired_tile<C>(w, c == 0 ? ahead : 0, x, ld, steps, own);
           UPWELL_TILE(1) UPWELL_TILE(2) UPWELL_TILE(3) UPWELL_TILE(4) UPWELL_TILE(5) UPWELL_TILE(6)
 #undef UPWELL_TILE
         }
