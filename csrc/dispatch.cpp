@@ -3,6 +3,9 @@
 #if defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#ifndef HWCAP2_BF16  // older kernels' headers
+#define HWCAP2_BF16 (1 << 14)
+#endif
 #endif
 
 namespace upwell {
@@ -15,7 +18,8 @@ struct Choice {
 
 bool runs(const char* name) {
 #if defined(__x86_64__)
-  if (std::strcmp(name, "avx512bf16") == 0) return runs("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (std::strcmp(name, "avx512bf16") == 0)
+    return runs("avx512vnni") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (std::strcmp(name, "avx512vnni") == 0) return runs("avx512") && __builtin_cpu_supports("avx512vnni");
   if (std::strcmp(name, "avx512") == 0)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -234,7 +234,9 @@ struct ByWeights : LayerPass {
     const int64_t k = m.experts_per_token, E = m.experts;
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
-    const int64_t cut = T > 192 ? 96 : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
+    const bool paired = UPWELL_BF16_DOTS && with_shared && b.inputs.rounds && is_packed(matrices[3 * E]);
+    const int64_t most = paired ? rows_at_once(matrices[3 * E], true) : 96;
+    const int64_t cut = T > (paired ? most : 2 * most) ? most : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
     struct Part {  // a tile of an expert's rows (e == E: the shared one's), and the input rows it is multiplied with
       int64_t e, first, r0, r1;
     };
