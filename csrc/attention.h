@@ -15,11 +15,7 @@ INLINE void rotate(float* x, const float* turn, int64_t rope, float sign) {
   }
 }
 
-// What is multiplied is T: float, or int32_t, pairs of BF16 (pairs.h), where a CPU multiplies twice as many of them.
-template <class T>
-constexpr bool kOfPairs = false;
-template <>
-constexpr bool kOfPairs<int32_t> = true;
+// What is multiplied is T: float, or int32_t, pairs of BF16 (simd.h), where a CPU multiplies twice as many of them.
 template <class T>
 constexpr int64_t kEach = kOfPairs<T> ? 2 : 1;  // rows that lie in one for the sums
 

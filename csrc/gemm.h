@@ -1,6 +1,6 @@
 // Products with a weight in any format. FP32 weights come as panels, packed once when a model is loaded: 2 vectors of
-// weight rows by column, over which a register tile of input rows runs. Packed formats: for few input rows each weight
-// row is decoded once and dotted with every input row; for many, panels are made on the way.
+// weight rows by column, over which a register tile of input rows runs. Packed formats are decoded on
+// the way (packed.h); what those kernels don't serve becomes panels made on the way.
 
 constexpr int kTile = 2 * kLanes;  // weight rows a packed tile holds
 constexpr int kFewRows = 8;

@@ -1,12 +1,12 @@
-// Few input rows times weights that stay packed: BF16, FP8 and FP4 are decoded in registers, a whole vector of packed
-// bytes at once. A lane's 32-bit word holds 2, 4 or 8 neighbouring weights; one shift and mask a part gives that part of
+// Weights that stay packed: BF16, FP8 and FP4 are decoded in registers, a whole vector of packed
+// bytes at once (many input rows: packed_tiles.h). A lane's 32-bit word holds 2, 4 or 8 neighbouring weights; one shift and mask a part gives that part of
 // all lanes. So inputs are laid out once a phase by part (Inputs), and no weight is ever moved across lanes.
 //
 // FP8 and FP4 fields land in FP32's exponent as they are, that is times 2^-120 and 2^-126. Inputs are scaled by a power
 // of two, so that no product is subnormal; the result is scaled back. All exact. What doesn't fit (inputs that aren't
 // finite, scales outside 2^+-63, FP8's NaN) takes weight_row.
 
-constexpr int kPackedRows = 64;  // the most input rows these kernels take
+constexpr int kPackedRows = 64;  // the most input rows that are laid out at once
 constexpr int64_t kPairRows = 2 * kPackedRows;  // of rounded ones, what Inputs::space holds
 constexpr int kPadding = 8 * kLanes;  // cols are padded to whole chunks
 constexpr int64_t kRowShift = 512;  // bytes between input rows: without it, they would share the same few sets of L1
@@ -135,9 +135,46 @@ INLINE Vec lane_scales(const uint8_t* scale, int lift) {
 #if UPWELL_BYTE_DOTS
 #include "packed_bytes.h"
 #endif
+
+constexpr int64_t kPairChunk = 2 * VECTOR_BYTES;  // columns (packed_pairs.h)
+
+// f(p, scale) for each chunk of a row's columns [col, col + count); the last may be a copy, padded with zeros, as what
+// follows in the row may not be there to read.
+template <int64_t F, int64_t chunk, class Function>
+INLINE void each_chunk(const Rows& w, int64_t col, int64_t count, int64_t ahead, Function f) {
+  constexpr int bytes = int(chunk * 4 / kParts<F>);
+  for (int64_t left = count; left > 0; left -= chunk, col += chunk) {
+    const uint8_t *p = w.data + col * 4 / kParts<F>, *scale = w.scale + (F == kFP8 ? col / 128 : col / 32);
+    if (left >= chunk) {
+      for (int k = 0; k < bytes; k += 64) __builtin_prefetch(p + ahead + k, 0, 2);
+      f(p, scale);
+      continue;
+    }
+    uint8_t padded[bytes] = {}, scales[4] = {127, 127, 127, 127};
+    __builtin_memcpy(padded, p, size_t(left * 4 / kParts<F>));
+    if (F == kFP4) __builtin_memcpy(scales, scale, size_t(left / 32)), scale = scales;
+    f(padded, scale);
+  }
+}
+
+// One row's columns [col, col + count) in FP32 times their scales, in the order of the parts, padded with zeros to whole
+// chunks. nan: see any_nan.
+template <int64_t F>
+INLINE void decode_scaled(const Rows& w, int64_t col, int64_t count, int64_t ahead, float* out, VecI& nan) {
+  each_chunk<F, kParts<F> * kLanes>(w, col, count, ahead, [&](const uint8_t* p, const uint8_t* scale) {
+    const VecI word = load_words(p);
+    Vec parts[kParts<F>], factor = splat(1.0f);
+    decode<F>(word, parts);
+    if constexpr (F == kFP8) nan |= nan_bits(word), factor = splat(power_of_two(int(*scale) - 127 + kLift<F>));
+    if constexpr (F == kFP4) factor = lane_scales(scale, kLift<F>);
+    for (int k = 0; k < kParts<F>; ++k, out += kLanes) store(out, F == kBF16 ? parts[k] : parts[k] * factor);
+  });
+}
+
 #if UPWELL_BF16_DOTS
 #include "packed_pairs.h"
 #endif
+#include "packed_tiles.h"
 
 constexpr int64_t packed_row_bytes(int64_t cols) {  // of one prepared row: floats, or bytes with their sums and scales
   return 4 * (cols + 2 * kPadding) + 64 + kRowShift;
@@ -177,22 +214,21 @@ static void lay_out_floats(Inputs& in, const float* x, int64_t ldx) {
   }
 }
 
-// paired: for weights that are decoded to BF16 (packed_pairs.h).
-static void prepare(Inputs& in, int64_t format, bool paired, const float* x, int64_t ldx, int64_t t, int64_t n, int phase) {
-  const int kind = int(2 * format + paired);
+// How a kernel meets its inputs: in bytes, in floats, or in BF16.
+enum class Meets { kBytes, kFloats, kPairs };
+
+static void prepare(Inputs& in, int64_t format, Meets meets, const float* x, int64_t ldx, int64_t t, int64_t n, int phase) {
+  const int kind = int(4 * format) + int(meets);
   if (in.x == x && in.t == t && in.n == n && in.phase == phase && in.kind == kind) return;
   in.x = x, in.t = t, in.n = n, in.phase = phase, in.kind = kind;
   if (format == kPairs) lay_out_pairs(in, x, ldx);
 #if UPWELL_BF16_DOTS
-  else if (paired) of_format(format, [&](auto f) { lay_out_paired<f.format>(in, x, ldx); });
+  else if (meets == Meets::kPairs) of_format(format, [&](auto f) { lay_out_paired<f.format>(in, x, ldx); });
 #endif
-  else if (format == kBF16) lay_out_floats<kBF16>(in, x, ldx);
-  else if (format == kFP8) lay_out_floats<kFP8>(in, x, ldx);
 #if UPWELL_BYTE_DOTS
-  else lay_out_bytes(in, x, ldx);
-#else
-  else lay_out_floats<kFP4>(in, x, ldx);
+  else if (meets == Meets::kBytes) lay_out_bytes(in, x, ldx);
 #endif
+  else of_format(format, [&](auto f) { lay_out_floats<f.format>(in, x, ldx); });
 }
 
 // All scales that rows [first, first + width) use lie in 2^-63 .. 2^63, so that no factor leaves FP32's normals.
@@ -349,15 +385,6 @@ static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs&
   return nan;
 }
 
-#if UPWELL_BF16_DOTS
-template <int64_t F>
-static bool paired_rows(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
-  if constexpr (kPairsInRegisters)
-    if (in.t < kTiledRows<F>) return packed_rows<F, true>(m, first, width, in, out, ldo);
-  return paired_tiles<F>(m, first, width, in, out, ldo);
-}
-#endif
-
 // Whether packed weights and t input rows are multiplied in BF16, where that is asked for.
 static bool rounds_rows(int64_t t) {
 #if UPWELL_BF16_DOTS
@@ -367,26 +394,40 @@ static bool rounds_rows(int64_t t) {
 }
 
 // The input rows that a thread lays out at once: three quarters of a MiB, what leaves room in the L2 cache for weights.
-static int64_t rows_at_once(const Matrix& m, bool paired) {
-  return paired ? max64(16, min64(kPairRows, 96 * 4096 / m.cols)) : kPackedRows;
+static int64_t rows_at_once(const Matrix& m, bool rounds) {
+  const int64_t most = UPWELL_BF16_DOTS && rounds ? 2 * kPackedRows : kPackedRows;
+  return max64(16, min64(most, most / kPackedRows * 48 * 4096 / m.cols));
+}
+
+// Weight rows times all inputs in FP32, or (rounds) in BF16; returns whether FP8's NaN was met.
+template <int64_t F>
+static bool packed_rows_of(Inputs& in, const Matrix& m, int64_t first, int width, bool rounds, float* out, int64_t ldo) {
+#if UPWELL_BF16_DOTS
+  if (rounds) {
+    if constexpr (kPairsInRegisters)
+      if (in.t < kTiledRows<F>) return packed_rows<F, true>(m, first, width, in, out, ldo);
+    return packed_tiles<F, int32_t>(m, first, width, in, out, ldo);
+  }
+#endif
+  if constexpr (F != kBF16)
+    if (in.t >= kTiledFloats) return packed_tiles<F, float>(m, first, width, in, out, ldo);
+  return packed_rows<F>(m, first, width, in, out, ldo);
 }
 
 // out [t, width] = x [t, cols] times weight rows [first, first + width). rounds: both in BF16, where that is faster.
-// False where these kernels don't serve these values or so many rows, and out is unspecified.
+// False where these kernels don't serve these values, and out is unspecified.
 __attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx,
                                                      int64_t t, float* out, int64_t ldo, Inputs& in, bool rounds, int phase) {
-  const bool paired = UPWELL_BF16_DOTS && rounds && rounds_rows(t);
-  if (!is_packed(m) || (t > kPackedRows && !paired) || !plain_scales(m, first, width)) return false;
-  const int64_t most = rows_at_once(m, paired);
+  if (!is_packed(m) || !plain_scales(m, first, width)) return false;
+  rounds = rounds && rounds_rows(t);
+  if (rounds && !UPWELL_BF16_DOTS) return false;
+  const int64_t most = rows_at_once(m, rounds);
   for (int64_t i = 0; i < t; i += most, x += most * ldx, out += most * ldo) {
-    prepare(in, m.format, paired, x, ldx, min64(most, t - i), m.cols, phase);
+    const int64_t rows = min64(most, t - i);
+    const Meets floats = UPWELL_BYTE_DOTS && m.format == kFP4 && rows < kTiledFloats ? Meets::kBytes : Meets::kFloats;
+    prepare(in, m.format, rounds ? Meets::kPairs : floats, x, ldx, rows, m.cols, phase);
     if (!in.fits) return false;
-    const bool nan = of_format(m.format, [&](auto f) {
-#if UPWELL_BF16_DOTS
-      if (paired) return paired_rows<f.format>(m, first, width, in, out, ldo);
-#endif
-      return packed_rows<f.format>(m, first, width, in, out, ldo);
-    });
+    const bool nan = of_format(m.format, [&](auto f) { return packed_rows_of<f.format>(in, m, first, width, rounds, out, ldo); });
     if (nan) return false;
   }
   return true;

@@ -3,9 +3,8 @@
 //
 // Few input rows are multiplied in registers (AVX-512 only): a lane holds columns of one scale, so a scale multiplies a
 // chunk's sum. Decoded numbers are small by 2^-kSmall, so that this sum of eight products stays finite wherever the input
-// and the scaled one are. For more rows, weights are decoded into L1, scales included, and multiplied from there.
+// and the scaled one are. More rows: packed_tiles.h.
 
-constexpr int64_t kPairChunk = 2 * VECTOR_BYTES;  // columns
 constexpr bool kPairsInRegisters = VECTOR_BYTES == 64;
 template <int64_t F>
 constexpr int kTiledRows = kPairsInRegisters && F == kBF16 ? 8 : 6;  // from so many on
@@ -182,22 +181,10 @@ INLINE void paired_chunk(const Rows& w, int64_t col, int64_t ahead, const Inputs
   }
 }
 
-constexpr int kTileColumns = 1024;
-
 // One row's columns [col, col + count) times their scales, padded with zeros to whole chunks. nan: see any_nan.
 template <int64_t F>
 INLINE void decode_scaled(const Rows& w, int64_t col, int64_t count, int64_t ahead, int32_t* out, VecI& nan) {
-  for (int64_t i = 0; i < count; i += kPairChunk, col += kPairChunk) {
-    const uint8_t *p = w.data + col * 4 / kParts<F>, *scale = w.scale + (F == kFP8 ? col / 128 : col / 32);
-    uint8_t padded[kChunkBytes<F>], scales[kPairChunk / 32];
-    if (count - i < kPairChunk) {  // what follows may not be there to read
-      __builtin_memset(padded, 0, sizeof padded);
-      __builtin_memcpy(padded, p, size_t((count - i) * 4 / kParts<F>));
-      p = padded;
-      if (F == kFP4) __builtin_memcpy(scales, scale, size_t((count - i) / 32)), scale = scales;
-    } else {
-      for (int k = 0; k < kChunkBytes<F>; k += 64) __builtin_prefetch(p + ahead + k, 0, 2);
-    }
+  each_chunk<F, kPairChunk>(w, col, count, ahead, [&](const uint8_t* p, const uint8_t* scale) {
     VecI parts[4];
     decode_pairs<F>(p, parts);
     if constexpr (F == kFP8)
@@ -207,79 +194,5 @@ INLINE void decode_scaled(const Rows& w, int64_t col, int64_t count, int64_t ahe
       for (int k = 0; k < 4; ++k) parts[k] = scaled(parts[k], up);
     }
     for (int k = 0; k < 4; ++k, out += kLanes) store(reinterpret_cast<float*>(out), reinterpret_cast<Vec>(parts[k]));
-  }
-}
-
-// sums [4][C] += four weight rows times C input rows, `steps` vectors of pairs each. ahead: bytes from the weights to what
-// is fetched.
-template <int C>
-static void paired_tile(const uint8_t* const (&w)[4], int64_t ahead, const int32_t* x, int64_t ldx, int64_t steps, Vec* sums) {
-  Vec acc[4][C];
-  copy_sums<4, C>(sums, acc[0]);
-  const int32_t* x3 = x + 3 * ldx;
-  const int64_t l1 = ldx, l2 = 2 * ldx;
-  for (int64_t at = 0; at < steps * VECTOR_BYTES; at += VECTOR_BYTES, x += kLanes, x3 += kLanes) {
-    VecI rows[4];
-    for (int r = 0; r < 4; ++r) {
-      if (ahead) __builtin_prefetch(w[r] + at + ahead, 0, 2);
-      rows[r] = held(load_words(w[r] + at));
-    }
-#define UPWELL_STEP(c, at)                                                                      \
-  if constexpr (C > (c)) {                                                                      \
-    const VecI v = held(load(at));                                                              \
-    for (int r = 0; r < 4; ++r) acc[r][(c) % C] = multiply_add(acc[r][(c) % C], v, rows[r]);    \
-  }
-    UPWELL_STEP(0, x) UPWELL_STEP(1, x + l1) UPWELL_STEP(2, x + l2)
-    UPWELL_STEP(3, x3) UPWELL_STEP(4, x3 + l1) UPWELL_STEP(5, x3 + l2)
-#undef UPWELL_STEP
-  }
-  copy_sums<4, C>(acc[0], sums);
-}
-
-// Weight rows [first, first + width) times all input rows. Returns whether FP8's NaN was met: then out isn't right.
-template <int64_t F>
-__attribute__((noinline)) static bool paired_tiles(const Matrix& m, int64_t first, int width, const Inputs& in, float* out,
-                                                   int64_t ldo) {
-  alignas(64) int32_t decoded[4][kTileColumns / 2];
-  alignas(64) Vec sums[4 * kPairRows];
-  const int64_t n = m.cols, t = in.t, ld = in.row_bytes / 4, row_bytes = n * 4 / kParts<F>, row_scales = F == kFP8 ? 0 : n / 32;
-  const auto* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
-  const uint8_t* scale = F == kFP8 ? m.scale + first / 128 * ((n + 127) / 128) : m.scale + first * row_scales;
-  VecI nan{};
-  auto groups = [&](auto f) {  // of up to six input rows: f(first, count, their sums)
-    const int64_t most = (t + 5) / 6;
-    for (int64_t g = 0; g < most; ++g) f(t * g / most, t * (g + 1) / most - t * g / most, sums + 4 * (t * g / most));
-  };
-  for (int r = 0; r < width; r += 4) {
-    for (int64_t i = 0; i < 4 * t; ++i) sums[i] = zero();
-    for (int64_t from = 0; from < n; from += kTileColumns) {
-      const int64_t columns = min64(kTileColumns, n - from), steps = (columns + kPairChunk - 1) / kPairChunk * 4;
-      const bool as_they_lie = F == kBF16 && columns % kPairChunk == 0;
-      const uint8_t* w[4];
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = min64(r + i, width - 1);  // a missing row: the last again
-        w[i] = as_they_lie ? data + row * row_bytes + 2 * from : reinterpret_cast<const uint8_t*>(decoded[i]);
-        if (!as_they_lie)
-          decode_scaled<F>({data + row * row_bytes, scale + row * row_scales, 0, 0}, from, columns, 4 * row_bytes, decoded[i], nan);
-      }
-      // What comes next: the next columns of these rows, or the next rows.
-      const int64_t ahead = !as_they_lie ? 0 : from + columns < n ? 2 * columns : 4 * row_bytes - 2 * from;
-      groups([&](int64_t c, int64_t count, Vec* own) {
-        const int32_t* x = in.row<int32_t>(c) + from / 2;
-        switch (count) {
-#define UPWELL_TILE(C) case C: return paired_tile<C>(w, c == 0 ? ahead : 0, x, ld, steps, own);
-          UPWELL_TILE(1) UPWELL_TILE(2) UPWELL_TILE(3) UPWELL_TILE(4) UPWELL_TILE(5) UPWELL_TILE(6)
-#undef UPWELL_TILE
-        }
-      });
-    }
-    groups([&](int64_t c, int64_t count, const Vec* own) {
-      for (int64_t i = 0; i < count; ++i) {
-        float four[4];
-        sum_four(own[i], own[count + i], own[2 * count + i], own[3 * count + i], four);
-        for (int k = 0; k < 4 && r + k < width; ++k) out[(c + i) * ldo + r + k] = four[k];
-      }
-    });
-  }
-  return any_nan(nan);
+  });
 }

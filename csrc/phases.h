@@ -8,9 +8,9 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   int64_t t = 1;
   for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
   int64_t step = t;
-  // Rows that a thread has rounded serve all tiles, then come the next.
-  const bool paired = UPWELL_BF16_DOTS && b.inputs.rounds && is_packed(jobs[0].m), pairs = paired || jobs[0].m.format == kPairs;
-  if (pairs) step = min64(step, paired ? rows_at_once(jobs[0].m, true) : kPairRows);
+  // Rows that a thread has laid out serve all tiles, then come the next.
+  const bool packed = is_packed(jobs[0].m), pairs = packed || jobs[0].m.format == kPairs;
+  if (pairs) step = min64(step, packed ? rows_at_once(jobs[0].m, b.inputs.rounds) : kPairRows);
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
@@ -234,9 +234,9 @@ struct ByWeights : LayerPass {
     const int64_t k = m.experts_per_token, E = m.experts;
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
-    const bool paired = UPWELL_BF16_DOTS && with_shared && b.inputs.rounds && is_packed(matrices[3 * E]);
-    const int64_t most = paired ? rows_at_once(matrices[3 * E], true) : 96;
-    const int64_t cut = T > (paired ? most : 2 * most) ? most : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
+    const bool packed = with_shared && is_packed(matrices[3 * E]);
+    const int64_t most = packed ? rows_at_once(matrices[3 * E], b.inputs.rounds) : 96;
+    const int64_t cut = T > (packed ? most : 2 * most) ? most : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
     struct Part {  // a tile of an expert's rows (e == E: the shared one's), and the input rows it is multiplied with
       int64_t e, first, r0, r1;
     };

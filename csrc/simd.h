@@ -45,6 +45,10 @@ INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
   return acc + reinterpret_cast<Vec>(x & int32_t(0xffff0000)) * reinterpret_cast<Vec>(w & int32_t(0xffff0000));
 #endif
 }
+template <class T>  // float, or int32_t: pairs
+constexpr bool kOfPairs = false;
+template <>
+constexpr bool kOfPairs<int32_t> = true;
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec zero() { return Vec{}; }
 INLINE Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }

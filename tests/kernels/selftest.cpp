@@ -293,7 +293,7 @@ int main(int count, char** arguments) {
     return 0;
   }
   for (int64_t format : {kF32, kBF16, kFP8, kFP4}) {
-    for (int64_t t : {1, 2, 3, 4, 5, 7, 8, 9, 13}) {
+    for (int64_t t : {1, 2, 3, 4, 5, 7, 8, 9, 13, 50, 70}) {
       const bool any = format != kFP4;  // FP4's columns come in groups of 32
       check_product(format, 1 + t * 3, any ? 130 + t : 32 * t, t, 1, 118, 130);
       check_product(format, 37, 256, t, 1, 127, 127);
