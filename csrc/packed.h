@@ -385,12 +385,13 @@ static bool packed_rows(const Matrix& m, int64_t first, int width, const Inputs&
   return nan;
 }
 
-// Whether packed weights and t input rows are multiplied in BF16, where that is asked for.
+// Whether packed weights and t input rows are multiplied in BF16, where that is asked for: where it is faster.
 static bool rounds_rows(int64_t t) {
 #if UPWELL_BF16_DOTS
   return kPairsInRegisters || t >= kTiledRows<kFP8>;
+#else
+  return false;
 #endif
-  return t > kPackedRows;
 }
 
 // The input rows that a thread lays out at once: three quarters of a MiB, what leaves room in the L2 cache for weights.
@@ -420,7 +421,6 @@ __attribute__((noinline)) static bool packed_product(const Matrix& m, int64_t fi
                                                      int64_t t, float* out, int64_t ldo, Inputs& in, bool rounds, int phase) {
   if (!is_packed(m) || !plain_scales(m, first, width)) return false;
   rounds = rounds && rounds_rows(t);
-  if (rounds && !UPWELL_BF16_DOTS) return false;
   const int64_t most = rows_at_once(m, rounds);
   for (int64_t i = 0; i < t; i += most, x += most * ldx, out += most * ldo) {
     const int64_t rows = min64(most, t - i);

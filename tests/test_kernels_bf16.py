@@ -67,9 +67,9 @@ def test_extremes_are_where_plain_has_them(isa: str, value: float) -> None:
 
 
 def multiplied(x: Tensor) -> Tensor:
-    """What packed weights meet with `rounds`: x rounded; with NEON from 6 rows on, without dot products from 65 on."""
-    least = 65 if not native.bf16_dots() else 1 if platform.machine() == "x86_64" else 6
-    return rounded(x) if len(x) >= least else x
+    """What packed weights meet with `rounds`: x rounded where the CPU has dot products, with NEON from 6 rows on."""
+    least = 1 if platform.machine() == "x86_64" else 6
+    return rounded(x) if native.bf16_dots() and len(x) >= least else x
 
 
 @needs_kernels

@@ -204,7 +204,7 @@ def product(
     """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear) -> [T, out] FP32.
 
     With `out_features`, weight is what `pairs` made, and x is rounded to BF16, too. With `rounds`, x is rounded beside
-    packed weights where that is faster: from the first row on where `bf16_dots`, else beyond 64 rows.
+    packed weights where that is faster: where `bf16_dots`, on aarch64 from six rows on.
     """
     lib = library()
     assert lib is not None and weight.is_contiguous() and x.dtype == torch.float32
