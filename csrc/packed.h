@@ -114,7 +114,15 @@ INLINE void copy_sums(const Vec* from, Vec* to) {
 struct Rows {
   const uint8_t *data, *scale;
   int64_t row_bytes, row_scales;
+
+  Rows at(int64_t r) const { return {data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}; }
 };
+template <int64_t F>
+static Rows rows_at(const Matrix& m, int64_t first) {
+  const int64_t n = m.cols, row_bytes = n * 4 / kParts<F>, row_scales = F == kFP4 ? n / 32 : 0;
+  const int64_t scale = F == kFP8 ? first / 128 * ((n + 127) / 128) : first * row_scales;
+  return {static_cast<const uint8_t*>(m.data) + first * row_bytes, m.scale + scale, row_bytes, row_scales};
+}
 
 // Scale bytes for each lane, one for each four, as FP32 times 2^lift.
 INLINE Vec lane_scales(const uint8_t* scale, int lift) {
@@ -158,16 +166,16 @@ INLINE void each_chunk(const Rows& w, int64_t col, int64_t count, int64_t ahead,
 }
 
 // One row's columns [col, col + count) in FP32 times their scales, in the order of the parts, padded with zeros to whole
-// chunks. nan: see any_nan.
+// chunks; F: FP8 or FP4. nan: see any_nan.
 template <int64_t F>
 INLINE void decode_scaled(const Rows& w, int64_t col, int64_t count, int64_t ahead, float* out, VecI& nan) {
   each_chunk<F, kParts<F> * kLanes>(w, col, count, ahead, [&](const uint8_t* p, const uint8_t* scale) {
     const VecI word = load_words(p);
-    Vec parts[kParts<F>], factor = splat(1.0f);
+    if (F == kFP8) nan |= nan_bits(word);
+    const Vec factor = F == kFP8 ? splat(power_of_two(int(*scale) - 127 + kLift<F>)) : lane_scales(scale, kLift<F>);
+    Vec parts[kParts<F>];
     decode<F>(word, parts);
-    if constexpr (F == kFP8) nan |= nan_bits(word), factor = splat(power_of_two(int(*scale) - 127 + kLift<F>));
-    if constexpr (F == kFP4) factor = lane_scales(scale, kLift<F>);
-    for (int k = 0; k < kParts<F>; ++k, out += kLanes) store(out, F == kBF16 ? parts[k] : parts[k] * factor);
+    for (int k = 0; k < kParts<F>; ++k, out += kLanes) store(out, parts[k] * factor);
   });
 }
 
@@ -330,19 +338,15 @@ static void packed_block(const Rows& w, int64_t from, int64_t to, int64_t ahead,
 template <int64_t F, bool kPaired, int C>
 __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t first, int width, const Inputs& in, int64_t c0, float* out, int64_t ldo) {
   constexpr int R = C < 4 ? 4 : 2;
-  const int64_t n = m.cols, row_bytes = n * 4 / kParts<F>, block = C < 4 ? n : 512;
-  const int64_t row_scales = F == kFP8 ? 0 : n / 32;
-  const auto* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
-  const uint8_t* scale = nullptr;
-  if (F == kFP8) scale = m.scale + first / 128 * ((n + 127) / 128);
-  if (F == kFP4) scale = m.scale + first * row_scales;
+  const int64_t n = m.cols, block = C < 4 ? n : 512;
+  const Rows rows = rows_at<F>(m, first);
+  const int64_t row_bytes = rows.row_bytes;
   VecI nan{};
   auto scaled_back = [&](int c, float sum) { return kPaired ? sum : sum * in.back[c0 + c][0] * in.back[c0 + c][1]; };
-  auto rows_from = [&](int r) { return Rows{data + r * row_bytes, scale + r * row_scales, row_bytes, row_scales}; };
   if (n <= block && width == kTile) {  // short rows: what a row comes to never leaves the registers
     for (int r = 0; r < kTile; r += R) {
       Vec sums[R * C] = {};
-      packed_block<F, kPaired, R, C>(rows_from(r), 0, n, R * row_bytes, in, c0, sums, nan);
+      packed_block<F, kPaired, R, C>(rows.at(r), 0, n, R * row_bytes, in, c0, sums, nan);
       for (int i = 0; i < R * C; i += 4) {  // four at once: of one input row, or of one weight row
         constexpr int step = R == 4 ? C : 1;
         const int at = R == 4 ? i / 4 : i;
@@ -364,8 +368,8 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
     if (block < n) ahead = to < n ? block * 4 / kParts<F> : 2 * kTile * row_bytes - from * 4 / kParts<F>;
     int r = 0;
     for (; r + R <= width; r += R)
-      packed_block<F, kPaired, R, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
-    for (; r < width; ++r) packed_block<F, kPaired, 1, C>(rows_from(r), from, to, ahead, in, c0, sums + r * C, nan);
+      packed_block<F, kPaired, R, C>(rows.at(r), from, to, ahead, in, c0, sums + r * C, nan);
+    for (; r < width; ++r) packed_block<F, kPaired, 1, C>(rows.at(r), from, to, ahead, in, c0, sums + r * C, nan);
   }
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < width; ++r) out[c * ldo + r] = scaled_back(c, sum_lanes(sums[r * C + c]));

@@ -114,15 +114,7 @@ INLINE Vec byte_scales(const uint8_t* scale) {
   return Vec(_mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(int32_t(bytes)), to_top), 1));
 }
 #else
-INLINE Vec byte_scales(const uint8_t* scale) {
-  uint16_t bytes = 0;
-  __builtin_memcpy(&bytes, scale, kLanes / 4);
-  VecI word = int32_t(bytes) - VecI{};
-#if VECTOR_BYTES == 32
-  word = word >> VecI{0, 0, 0, 0, 8, 8, 8, 8};
-#endif
-  return reinterpret_cast<Vec>((word & 255) << 23);
-}
+INLINE Vec byte_scales(const uint8_t* scale) { return lane_scales(scale, 0); }
 #endif
 
 struct alignas(64) DoublesOfCodes {

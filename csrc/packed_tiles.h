@@ -37,13 +37,12 @@ __attribute__((noinline)) static bool packed_tiles(const Matrix& m, int64_t firs
   constexpr int64_t per = kOfPairs<T> ? 2 : 1, chunk = kOfPairs<T> ? kPairChunk : kParts<F> * kLanes;
   alignas(64) T decoded[4][kTileWords];
   alignas(64) Vec sums[4 * (kOfPairs<T> ? kPairRows : kPackedRows)];
-  const int64_t n = m.cols, t = in.t, ld = in.row_bytes / 4, row_bytes = n * 4 / kParts<F>, row_scales = F == kFP8 ? 0 : n / 32;
-  const auto* data = static_cast<const uint8_t*>(m.data) + first * row_bytes;
-  const uint8_t* scale = F == kFP8 ? m.scale + first / 128 * ((n + 127) / 128) : m.scale + first * row_scales;
+  const int64_t n = m.cols, t = in.t, ld = in.row_bytes / 4;
+  const Rows rows = rows_at<F>(m, first);
   VecI nan{};
   auto groups = [&](auto f) {  // of up to kTileInputs input rows: f(first, count, their sums)
     const int64_t most = (t + kTileInputs - 1) / kTileInputs;
-    for (int64_t g = 0; g < most; ++g) f(t * g / most, t * (g + 1) / most - t * g / most, sums + 4 * (t * g / most));
+    for (int64_t g = 0, c = 0, end; g < most; ++g, c = end) end = t * (g + 1) / most, f(c, end - c, sums + 4 * c);
   };
   for (int r = 0; r < width; r += 4) {
     for (int64_t i = 0; i < 4 * t; ++i) sums[i] = zero();
@@ -52,13 +51,12 @@ __attribute__((noinline)) static bool packed_tiles(const Matrix& m, int64_t firs
       const bool as_they_lie = kOfPairs<T> && F == kBF16 && columns % chunk == 0;
       const uint8_t* w[4];
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = min64(r + i, width - 1);  // a missing row: the last again
-        w[i] = as_they_lie ? data + row * row_bytes + 2 * from : reinterpret_cast<const uint8_t*>(decoded[i]);
-        if (!as_they_lie)
-          decode_scaled<F>({data + row * row_bytes, scale + row * row_scales, 0, 0}, from, columns, 4 * row_bytes, decoded[i], nan);
+        const Rows row = rows.at(min64(r + i, width - 1));  // a missing row: the last again
+        w[i] = as_they_lie ? row.data + 2 * from : reinterpret_cast<const uint8_t*>(decoded[i]);
+        if (!as_they_lie) decode_scaled<F>(row, from, columns, 4 * row.row_bytes, decoded[i], nan);
       }
       // What comes next: the next columns of these rows, or the next rows.
-      const int64_t ahead = !as_they_lie ? 0 : from + columns < n ? 2 * columns : 4 * row_bytes - 2 * from;
+      const int64_t ahead = !as_they_lie ? 0 : from + columns < n ? 2 * columns : 4 * rows.row_bytes - 2 * from;
       groups([&](int64_t c, int64_t count, Vec* own) {
         const T* x = in.row<T>(c) + from / per;
         switch (count) {

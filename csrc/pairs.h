@@ -39,7 +39,7 @@ static void pair_product(const Matrix& m, int64_t first, int width, const float*
   if (!packed) pack_pairs(m, first, width, tile, buffer);
   const auto* panel = static_cast<const int32_t*>(panel_of(m, first));
   for (int64_t i = 0; i < t; i += kPairRows) {
-    prepare(in, kPairs, Meets::kFloats, x + i * ldx, ldx, t - i < kPairRows ? t - i : kPairRows, m.cols, phase);
+    prepare(in, kPairs, Meets::kPairs, x + i * ldx, ldx, t - i < kPairRows ? t - i : kPairRows, m.cols, phase);
     const auto* rows = in.row<int32_t>(0);
     const int64_t ld = in.row_bytes / 4, pairs = (m.cols + 1) / 2;
     if (packed) times_tile<kPanel>(rows, ld, in.t, panel, pairs, next, out + i * ldo, ldo, width);

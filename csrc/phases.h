@@ -9,8 +9,8 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
   int64_t step = t;
   // Rows that a thread has laid out serve all tiles, then come the next.
-  const bool packed = is_packed(jobs[0].m), pairs = packed || jobs[0].m.format == kPairs;
-  if (pairs) step = min64(step, packed ? rows_at_once(jobs[0].m, b.inputs.rounds) : kPairRows);
+  const bool packed = is_packed(jobs[0].m), laid_out = packed || jobs[0].m.format == kPairs;
+  if (laid_out) step = min64(step, packed ? rows_at_once(jobs[0].m, b.inputs.rounds) : kPairRows);
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
@@ -22,7 +22,7 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
     return job;
   };
   w.units(runs * cuts, [&](int64_t u) {
-    const int64_t begin = (pairs ? u % runs : u / cuts) * run, t0 = (pairs ? u / runs : u % cuts) * step;
+    const int64_t begin = (laid_out ? u % runs : u / cuts) * run, t0 = (laid_out ? u / runs : u % cuts) * step;
     for (int64_t i = begin; i < min64(tiles, begin + run); ++i) {
       int64_t tile = i, then = i + 1 < begin + run ? i + 1 : i + 1 + run * (w.team.size - 1);
       const Job* job = job_of(tile);

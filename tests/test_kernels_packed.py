@@ -17,8 +17,8 @@ from upwell.ops.linear import dense_weight, linear
 KINDS = ("bf16", "fp8", "fp4")
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    return linear(x, weight, scale) if native.library() is None else native.product(x, weight, scale)
+def product(x: Tensor, weight: Tensor, scale: Tensor | None, rounds: bool = False) -> Tensor:
+    return linear(x, weight, scale) if native.library() is None else native.product(x, weight, scale, rounds=rounds)
 
 
 def random_weight(
@@ -40,6 +40,15 @@ def random_weight(
     return codes((rows, cols // 2)), codes((rows, cols // 32), low, high)
 
 
+def drawn_weight(data: st.DataObject, most: int, lows: list[int]) -> tuple[Tensor, Tensor | None, int, int]:
+    """A weight of any kind, its scales from 2^ one of `lows` on; its columns, up to `most`, and its seed."""
+    kind, cols = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(1, most))
+    if kind == "fp4":
+        cols = -(-cols // 32) * 32
+    rows, seed, low = data.draw(st.integers(1, 150)), data.draw(st.integers(0, 999)), data.draw(st.sampled_from(lows))
+    return *random_weight(kind, rows, cols, seed, (low, low + 4)), cols, seed
+
+
 def assert_close(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     """Within FP32's rounding of the sum's terms; the reference is the plain decode, multiplied in double precision."""
     dense = dense_weight(weight, scale, torch.float32).double()
@@ -51,13 +60,8 @@ def assert_close(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_random_shapes_equal_plain(isa: str, data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(KINDS))
-    cols = data.draw(st.integers(1, 700))
-    if kind == "fp4":
-        cols = -(-cols // 32) * 32
-    seed, tokens = data.draw(st.integers(0, 999)), data.draw(st.integers(1, 70))
-    low = data.draw(st.sampled_from([-3, -40, -127, 20]))
-    weight, scale = random_weight(kind, data.draw(st.integers(1, 150)), cols, seed, (low, low + 4))
+    weight, scale, cols, seed = drawn_weight(data, 700, [-3, -40, -127, 20])
+    tokens = data.draw(st.integers(1, 70))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, cols, generator=generator) * 2.0 ** data.draw(st.sampled_from([0, -130, -60, 60]))
     # Rows and columns of very different sizes: no scaling may let the small ones drown.
@@ -92,26 +96,30 @@ def test_extremes_are_where_plain_has_them(isa: str, kind: str, value: float) ->
         assert_close(only, weight, scale)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 8, 30])
-def test_nan_weights_and_scales_reach_only_their_rows(isa: str, tokens: int) -> None:
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 30, 90, 300])
+def test_nan_weights_and_scales_reach_only_their_rows(isa: str, tokens: int, rounds: bool) -> None:
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(3))
     weight, scale = random_weight("fp8", 200, 256, 4, (-8, -6))
     assert scale is not None
     weight.view(torch.uint8)[17, 33] = 0xFF
     scale[1, 0] = 255  # rows 128 .. 199
-    nan = product(x, weight, scale).isnan()
+    nan = product(x, weight, scale, rounds).isnan()
     expected = torch.zeros(200, dtype=torch.bool)
     expected[17] = expected[128:] = True
     assert torch.equal(nan, expected.expand(tokens, -1))
     weight, scale = random_weight("fp4", 50, 256, 5, (-8, -6))
     assert scale is not None
     scale[9, 3] = 255
-    nan = product(x, weight, scale).isnan()
+    nan = product(x, weight, scale, rounds).isnan()
     assert torch.equal(nan, (torch.arange(50) == 9).expand(tokens, -1))
 
 
-def every_code(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Each code alone in a row of 128 columns, scales of 1, and the codes' values."""
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 8, 20, 90])  # in registers, and from the cache
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_every_code_has_its_value(isa: str, kind: str, tokens: int, rounds: bool) -> None:
+    """Each code alone in a row, times one: the product is the code's value, exactly."""
     if kind == "fp8":
         weight = torch.zeros(256, 128, dtype=torch.uint8)
         weight[torch.arange(256), torch.arange(256) % 128] = torch.arange(256, dtype=torch.uint8)
@@ -123,14 +131,9 @@ def every_code(kind: str) -> tuple[Tensor, Tensor, Tensor]:
             weight[code, 3 * code] = code << (code % 2 * 4)
         scale = torch.full((16, 4), 127, dtype=torch.uint8)
         sizes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return weight, scale, torch.tensor(sizes + [-s for s in sizes])
-
-
-@pytest.mark.parametrize("kind", ["fp8", "fp4"])
-def test_every_code_has_its_value(isa: str, kind: str) -> None:
-    weight, scale, expected = every_code(kind)
-    got = product(torch.ones(1, 128), weight, scale)
-    assert torch.equal(got[0].nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9))
+    expected = torch.tensor(sizes + [-s for s in sizes])
+    got = product(torch.ones(tokens, 128), weight, scale, rounds)
+    assert torch.equal(got.nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9).expand(tokens, -1))
 
 
 def test_a_set_that_the_cpu_lacks_is_refused_and_changes_nothing() -> None:

@@ -125,14 +125,6 @@ void expect_product(const std::vector<float>& out, const std::vector<double>& de
     }
 }
 
-void check_product(int64_t format, int64_t rows, int64_t cols, int64_t t, double x_scale, int scale_from, int scale_to) {
-  const Weight w = random_weight(format, rows, cols, scale_from, scale_to);
-  std::vector<float> x(size_t(t * cols));
-  for (auto& v : x) v = float(normal() * x_scale);
-  const char* names[] = {"F32 product", "BF16 product", "FP8 product", "FP4 product"};
-  expect_product(product(w, x, t), w.dense, x, rows, cols, t, names[format]);
-}
-
 float in_bf16(float x) {
   const uint32_t bits = uint32_t(round_to_bf16(x)) << 16;
   float value;
@@ -140,15 +132,17 @@ float in_bf16(float x) {
   return value;
 }
 
-// Packed weights times inputs rounded to BF16, where so many are.
-void check_rounded(int64_t format, int64_t rows, int64_t cols, int64_t t) {
-  const Weight w = random_weight(format, rows, cols, 110, 130);
+// rounds: the inputs to BF16, where they are so many.
+void check_product(int64_t format, int64_t rows, int64_t cols, int64_t t, double x_scale, int scale_from, int scale_to,
+                   bool rounds = false) {
+  const Weight w = random_weight(format, rows, cols, scale_from, scale_to);
   std::vector<float> x(size_t(t * cols));
-  for (auto& v : x) v = float(normal());
-  const auto out = product(w, x, t, 1, true);
-  if (rounds_rows(t))
+  for (auto& v : x) v = float(normal() * x_scale);
+  const auto out = product(w, x, t, 1, rounds);
+  if (rounds && rounds_rows(t))
     for (auto& v : x) v = in_bf16(v);
-  expect_product(out, w.dense, x, rows, cols, t, "product of a packed weight in BF16");
+  const char* names[] = {"F32 product", "BF16 product", "FP8 product", "FP4 product"};
+  expect_product(out, w.dense, x, rows, cols, t, names[format]);
 }
 
 // Weights in pairs of BF16 columns: the product of rounded operands.
@@ -304,7 +298,7 @@ int main(int count, char** arguments) {
     check_product(format, 3, 2048, 1, 1, 100, 150);
     check_specials(format);
     for (int64_t t : {1, 5, 6, 13, 40, 70})
-      if (format != kF32) check_rounded(format, 1 + t % 37, format == kFP4 ? 32 * (1 + t % 37) : 200 + 31 * t, t);
+      if (format != kF32) check_product(format, 1 + t % 37, format == kFP4 ? 32 * (1 + t % 37) : 200 + 31 * t, t, 1, 110, 130, true);
   }
   for (int64_t t : {1, 2, 3, 5, 8, 13, 140}) check_pairs(1 + t * 3 % 97, 30 + t, t);
   for (int heads : {1, 3, 4, 5, kLanes})
