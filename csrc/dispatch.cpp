@@ -104,7 +104,9 @@ void upwell_pack_pairs(const float* weight, int64_t rows, int64_t cols, uint16_t
 }
 
 // Bytes of the structs as they were built: Python's mirror of them (ops/native.py) must agree.
-int64_t upwell_struct_bytes() { return sizeof(upwell::Call) + sizeof(upwell::Layer) + sizeof(upwell::Model); }
+int64_t upwell_struct_bytes() {
+  return sizeof(upwell::Call) + sizeof(upwell::Layer) + sizeof(upwell::Model) + sizeof(upwell::Ring);
+}
 
 int64_t upwell_workspace_bytes(const upwell::Call* call, int threads) {
   return upwell::current->kernels->workspace_bytes(*call->model, call->layers, call->layer_count, call->sequences,

@@ -121,6 +121,11 @@ struct ExpertsCall {  // a layer's routed experts alone: y [tokens, hidden] = ea
   Take take;
 };
 
+struct Ring {  // rings by position, of one shape and behind each other: [layers, slots, places] rows of so many bytes
+  char* rows;
+  int64_t layers, slots, places, bytes;
+};
+
 struct ProductCall {  // out [tokens, m.rows] = x [tokens, m.cols] m^T
   Matrix m;
   const float* x;

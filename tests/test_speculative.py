@@ -151,17 +151,19 @@ def test_structured_output_and_what_it_forces(model: Transformer, drafting: Answ
 
 def test_forced_tokens_cost_no_step_and_stops_hold(model: Transformer) -> None:
     forced = ids(12, 9)
-    steps = []
+    steps, saves = [], []
 
     def mask(output: list[int]) -> list[int] | None:
         return [forced[len(output)]] if len(output) < len(forced) else None
 
     llm = llm_of(model, 7)
     llm.engine.runner.verify, real = (lambda *a: (steps.append(1), real(*a))[1]), llm.engine.runner.verify  # type: ignore[method-assign,func-returns-value]
+    llm.engine.runner.cache.save, save = (lambda *a: (saves.append(1), save(*a))[1]), llm.engine.runner.cache.save  # type: ignore[method-assign,func-returns-value]
     prompt = {"prompt_token_ids": ids(5)}
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     assert llm.generate(prompt, params, token_mask=mask)[0].token_ids == forced
     assert len(steps) == 2  # the first token comes with the prompt; 8 and 3 follow
+    assert not saves  # nothing can be rejected
     stop = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=[forced[5]])
     output = llm.generate(prompt, stop, token_mask=mask)[0].outputs[0]
     assert output.token_ids == forced[: forced.index(forced[5]) + 1] and output.finish_reason == "stop"
@@ -198,8 +200,11 @@ def test_the_sampled_distribution(model: Transformer, drafting: Answers) -> None
     assert chi < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
-def test_rings_go_back(model: Transformer) -> None:
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_rings_go_back(model: Transformer, by_kernels: bool) -> None:
     cache = KVCache(model.config, 2, 2, torch.float32)
+    if not by_kernels:
+        cache._native = None
     rings = [layer.window for layer in (*cache.layers, *cache.mtp)]
     for layer in cache.layers:
         rings += [t for tail in (layer.tail, layer.index_tail) if tail for t in (tail.kv, tail.gate)]

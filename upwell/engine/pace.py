@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from statistics import median
 
 AGAIN = 128  # steps between trials
@@ -23,19 +25,17 @@ class Acceptance:
 
     def __init__(self, most: int) -> None:
         self._tried, self._taken = [1.0] * most, [0.7] * most  # before anything is known
+        self.tokens = self._expected()  # of a step that drafts k, by k
 
     def saw(self, drafted: int, accepted: int) -> None:
         for d in range(min(accepted + 1, drafted, len(self._tried))):
             self._tried[d] = self._tried[d] * _DECAY + 1
             self._taken[d] = self._taken[d] * _DECAY + (d < accepted)
+        self.tokens = self._expected()
 
-    def tokens(self, k: int) -> float:
-        """Expected tokens of a step that drafts k."""
-        total = chain = 1.0
-        for tried, taken in zip(self._tried[:k], self._taken[:k], strict=True):
-            chain *= taken / tried
-            total += chain
-        return total
+    def _expected(self) -> list[float]:
+        shares = (taken / tried for tried, taken in zip(self._tried, self._taken, strict=True))
+        return list(accumulate(accumulate(shares, mul, initial=1.0)))
 
 
 class Pace:
@@ -44,6 +44,7 @@ class Pace:
     def __init__(self, choices: Sequence[int], acceptance: Acceptance) -> None:
         self.choices, self._acceptance = tuple(choices), acceptance
         self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in choices]
+        self._usual = [0.0] * len(self.choices)  # their medians
         self._counts = [0] * len(choices)
         self._since = 0
 
@@ -53,7 +54,7 @@ class Pace:
         for i, k in enumerate(self.choices):
             if self._counts[i] < _FIRST:
                 return k
-            speed = self._acceptance.tokens(k) / median(self._times[i])
+            speed = self._acceptance.tokens[k] / self._usual[i]
             if speed > fastest:
                 best, fastest = i, speed
             elif speed < _HOPELESS * fastest:
@@ -75,3 +76,4 @@ class Pace:
         self._counts[i] += 1
         if self._counts[i] > 1:
             self._times[i].append(seconds)
+            self._usual[i] = median(self._times[i])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -88,11 +89,11 @@ class SamplingParams:
             if self.ignore_eos:
                 raise InputError("ignore_eos can't go with structured_outputs", "they end where their grammar ends")
 
-    @property
+    @cached_property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Greedy, with nothing that changes the logits or reports them."""
         changed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias

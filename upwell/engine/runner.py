@@ -1,10 +1,14 @@
-"""Runs the model over a batch of sequences against the cache, and gives the streams and logits that sampling needs."""
+"""Runs the model over a batch of sequences against the cache, and gives the streams and logits that sampling needs.
+
+Its caller, the engine's step, is in inference mode.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +23,12 @@ class Runner:
     """Owns model and cache. Each call extends the cache by the tokens it is given. `graphs`: decode by graphs."""
 
     def __init__(self, model: Transformer, blocks: int, slots: int, graphs: bool = False) -> None:
-        self.model = model
+        self.model, self.device = model, model.device
         self.cache = model.new_cache(blocks, slots)
         self.graphs = DecodeGraphs(model, self.cache) if graphs else None
         self.computes_ragged = model.computes_ragged
         self.reader: Callable[[Sequence, int, Tensor], None] | None = None  # is shown prompts' streams
 
-    @torch.inference_mode()
     def streams(self, batch: list[tuple[Sequence, int]]) -> Tensor:
         """The next n tokens of each (sequence, n) -> streams [B, h, D] after the last of them."""
         lengths = [n for _, n in batch]
@@ -38,27 +41,25 @@ class Runner:
             streams = streams[torch.tensor(list(accumulate(lengths)), device=streams.device) - 1]
         return streams
 
-    @torch.inference_mode()
     def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> Tensor:
         """Each sequence's last token and its drafted ones -> streams [T, h, D], one sequence after another."""
         return self._extend(sequences, [[s.output[-1], *tokens] for s, tokens in zip(sequences, drafts, strict=True)])
 
     def _extend(self, sequences: list[Sequence], tokens: list[list[int]]) -> Tensor:
         """Compute these tokens of each sequence -> streams [T, h, D], one sequence after another."""
-        device = self.model.device
-        ids = torch.tensor([[token for row in tokens for token in row]], device=device)
+        device = self.device
+        # By way of numpy: for a few numbers torch.tensor takes as long as one of nano's layers.
+        ids = torch.from_numpy(np.array([[token for row in tokens for token in row]], dtype=np.int64)).to(device)
         slots, starts = [s.slot for s in sequences], [s.computed for s in sequences]
         step = Step(slots, starts, [len(row) for row in tokens], [s.table for s in sequences], device)
         if self.graphs is not None and step.is_decode:
             return self.graphs.streams([row[0] for row in tokens], step)
         return self.model.streams(ids, self.cache, step)
 
-    @torch.inference_mode()
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""
         return self.model.logits(streams)
 
-    @torch.inference_mode()
     def fork(self, source: Sequence, target: Sequence) -> None:
         """Give a fork what it doesn't share with its source: the state, and the last block where it isn't full."""
         copy_slot(self.cache, source.slot, target.slot)

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from upwell.engine.params import Allowed, SamplingParams
 from upwell.engine.sequence import Sequence
 
 _CANDIDATES = 1024  # best tokens that top_p looks at first
+_FEW = 32  # ids
 _NEVER = float("-inf")
 _CHUNK = 512  # terms that a running sum in FP32 adds up
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """A drawn token, with its log-probabilities where asked for."""
 
     token: int
@@ -47,11 +47,10 @@ def sample(
     Greedy ties go to the lowest id.
     """
     ahead = [()] * len(sequences) if ahead is None else ahead
-    rows = list(zip(sequences, allowed, ahead, strict=True))
-    if logits.device.type == "cpu" and all(_takes_best(*row) for row in rows):
+    if logits.device.type == "cpu" and all(map(_takes_best, sequences, allowed, ahead)):
         return [Draw(_best(row, ids), None) for row, ids in zip(logits.numpy(), allowed, strict=True)]
-    for edited, row in zip(logits, rows, strict=True):
-        _edit(edited, *row)
+    for row, sequence, ids, before in zip(logits, sequences, allowed, ahead, strict=True):
+        _edit(row, sequence, ids, before)
     tokens = logits.argmax(dim=-1)
     drawn = [b for b, s in enumerate(sequences) if not s.params.is_greedy]
     if drawn:
@@ -74,6 +73,8 @@ def _best(row: NDArray[np.float32], allowed: Allowed) -> int:
     if allowed is None:
         return int(row.argmax())
     assert not isinstance(allowed, Tensor)
+    if len(allowed) <= _FEW:  # numpy would take longer
+        return int(max(sorted(allowed), key=row.__getitem__))
     ids = np.sort(np.fromiter(allowed, np.int64, len(allowed)))
     return int(ids[row[ids].argmax()])
 

@@ -64,6 +64,7 @@ class Sequence:
 
     def __init__(self, request: Request, index: int, arrival: int, detokenizer: Detokenizer | None) -> None:
         self.request, self.index, self.arrival = request, index, arrival
+        self.params = params = request.params
         self.order = (request.priority, arrival)
         self.detokenizer = detokenizer
         self.output: list[int] = []
@@ -79,7 +80,6 @@ class Sequence:
         self.unread: Unread | None = None
         self.lookup: Lookup | None = None
         self._keys: PrefixKeys | None = None
-        params = request.params
         # An own source of randomness: nothing else in the batch can change what is drawn.
         self._random = random.Random(None if params.seed is None else f"{params.seed}/{index}")
         self._uniforms: deque[float] = deque()
@@ -89,10 +89,6 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output)
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
 
     @property
     def keys(self) -> PrefixKeys:

@@ -27,6 +27,7 @@ from upwell.engine.params import Allowed, allowed_after
 from upwell.engine.runner import Runner
 from upwell.engine.sampler import sample
 from upwell.engine.sequence import Sequence, Status, Unread
+from upwell.errors import EngineError
 from upwell.model import Step
 from upwell.model.cache import SavedRings
 
@@ -38,7 +39,7 @@ _SELDOM = 8, 128  # steps between looks then: at first, and at most; each one in
 _LAG = 8  # tokens that MTP may fall behind while drafting doesn't pay, before this sequence goes without it
 
 
-@dataclass
+@dataclass(slots=True)
 class Draft:
     """Proposed tokens of one sequence, and what its mask allows at each of them and after the last."""
 
@@ -50,8 +51,11 @@ class Draft:
     by_mtp: int = 0  # so many of the tokens, the first ones, took a pass of MTP
     by_lookup: int = 0
     error: Exception | None = None  # of the mask after the last token
+    is_certain: bool = True  # the mask left no other choice at any of the tokens
 
     def add(self, token: int) -> None:
+        allowed = self.allowed[-1] if len(self.allowed) > len(self.tokens) else None
+        self.is_certain &= allowed is not None and not isinstance(allowed, Tensor) and len(allowed) == 1
         self.tokens.append(token)
         if token in self.sequence.end_ids:
             self.room = len(self.tokens)
@@ -60,7 +64,7 @@ class Draft:
     def is_open(self) -> bool:
         """Whether a token may be drawn after the last one: neither does that end the sequence, nor has the mask
         failed there."""
-        return self.error is None and not (self.tokens and self.tokens[-1] in self.sequence.end_ids)
+        return self.error is None and (not self.tokens or self.tokens[-1] not in self.sequence.end_ids)
 
     def allows(self, token: int) -> bool:
         allowed = self.look()
@@ -122,7 +126,6 @@ class Speculator:
         """MTP hasn't paid of late: decoding may as well share a forward with prompts."""
         return len(self._depths) == 1 or self._idle >= _LAG
 
-    @torch.inference_mode()
     def propose(self, sequences: Items[Sequence]) -> list[Draft]:
         """A draft for each decoding sequence; without tokens where nothing is worth proposing."""
         self._began, self._saved = time.perf_counter(), None
@@ -133,8 +136,8 @@ class Speculator:
             while len(draft.tokens) < draft.room and (token := draft.forced()) is not None:
                 draft.add(token)
             draft.look()
-        if self._saved is None and any(d.tokens for d in drafts):
-            self._save(drafts)
+        if self._saved is None and any(not d.is_certain for d in drafts):
+            self._save(drafts, [len(d.tokens) for d in drafts])
         return drafts
 
     def _look(self, drafts: list[Draft]) -> None:
@@ -144,7 +147,6 @@ class Speculator:
         first, most = _SELDOM
         self._until = min(most, first << min(8, self._barren - _BARREN)) if self._barren >= _BARREN else 0
 
-    @torch.inference_mode()
     def settle(self, drafts: Items[Draft], accepted: Items[int]) -> None:
         """After a forward over the drafts: so many tokens of each were accepted, and the cache forgets the rest."""
         lost: list[int] = []
@@ -158,7 +160,9 @@ class Speculator:
                 self._mtp.saw(draft.by_mtp, min(count, draft.by_mtp))
             if draft.by_lookup:
                 self._lookup.saw(draft.by_lookup, min(count, draft.by_lookup))
-        if self._saved is not None:
+        if lost:
+            if self._saved is None:
+                raise EngineError("a token that the mask left no choice about wasn't drawn")
             self._runner.cache.restore(self._saved, lost)
 
     def clock(self, drafts: Items[Draft]) -> None:
@@ -171,7 +175,6 @@ class Speculator:
         if not depth and length in lookup.choices:
             lookup.took(length, seconds)
 
-    @torch.inference_mode()
     def read(self, sequence: Sequence, start: int, streams: Tensor) -> None:
         """The model's final streams [n, h, D] of a sequence's tokens from `start` on, which are certain."""
         if len(self._depths) == 1:
@@ -207,12 +210,14 @@ class Speculator:
         unread = sequence.unread
         return unread is not None and unread.end == sequence.computed and len(unread.streams) > 0
 
-    def _save(self, drafts: Items[Draft]) -> None:
-        pairs: list[tuple[int, int]] = []
-        for draft in drafts:
-            draft.saved_at = len(pairs)
-            pairs += [(draft.sequence.slot, draft.sequence.computed + 1 + k) for k in range(self._room(draft.sequence))]
-        self._saved = self._runner.cache.save([slot for slot, _ in pairs], [at for _, at in pairs])
+    def _save(self, drafts: Items[Draft], counts: Items[int]) -> None:
+        """Keep what so many drafted tokens of each will write over."""
+        slots, positions = list[int](), list[int]()
+        for draft, count in zip(drafts, counts, strict=True):
+            draft.saved_at = len(slots)
+            slots += [draft.sequence.slot] * count
+            positions += range(draft.sequence.computed + 1, draft.sequence.computed + 1 + count)
+        self._saved = self._runner.cache.save(slots, positions)
 
     def _pace(self, batch: int) -> tuple[Pace, Pace]:
         size = batch.bit_length()
@@ -248,7 +253,8 @@ class Speculator:
             pace.idle()
         self._idle = 0 if depth else self._idle + 1
         if depth:
-            self._save(drafts)  # MTP's own window too is written where drafts go
+            # MTP's own window too is written where drafts go; what a mask forces may come after MTP's.
+            self._save(drafts, [d.room for d in drafts])
             self._draft_by_mtp(able, depth)
 
     def _draft_by_mtp(self, drafts: list[Draft], depth: int) -> None:

@@ -10,16 +10,16 @@ them. In the rings they took the places of old tokens that are still needed: tho
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from upwell.config import BLOCK_TOKENS, ModelConfig
+from upwell.ops import native
 from upwell.ops.memory import untouched
 
 
@@ -78,10 +78,15 @@ class KVCache:
         self, config: ModelConfig, blocks: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         where = torch.device(device)
-        self.config, self.blocks, self.slots = config, blocks, slots
+        self.config, self.blocks, self.slots, self.dtype, self.device = config, blocks, slots, dtype, where
         self.layers = [LayerCache(config, r, blocks, slots, dtype, where) for r in config.compress_ratios]
         self.mtp = [LayerCache(config, 0, 0, slots, dtype, where) for _ in range(config.num_nextn_predict_layers)]
         self._rings = self._stack_rings()
+        # Indexing takes five times as long as the kernels' copy, which is a twentieth of a small model's step.
+        self._native: Any = None
+        if where.type == "cpu" and native.library() is not None:
+            rings = [native.Ring(r.data_ptr(), *r.shape[:3], r.shape[3] * r.dtype.itemsize) for r in self._rings]
+            self._native = (native.Ring * len(rings))(*rings)
         # What changes the cache outside a forward is told before it is done, so that other ranks do it too.
         self.tell: Callable[[str, dict[str, Any], tuple[Tensor, ...]], None] | None = None
 
@@ -93,7 +98,12 @@ class KVCache:
         """What the rings hold where tokens at these positions of these slots (pairs) will go. As many positions of a
         slot as its shortest ring has places (2 * csa_ratio), at most."""
         self.told("save", {"slots": slots, "positions": positions})
-        at = self._numbers(slots), self._numbers(positions)
+        if self._native is not None:
+            pairs = array("q", slots), array("q", positions)
+            kept = torch.empty(len(slots) * sum(ring.layers * ring.bytes for ring in self._native), dtype=torch.uint8)
+            native.copy_rings(self._native, *pairs, None, kept)
+            return SavedRings(*pairs, [kept])
+        at = torch.tensor(slots, device=self.device), torch.tensor(positions, device=self.device)
         return SavedRings(*at, [ring[:, at[0], at[1] % ring.shape[2]] for ring in self._rings])
 
     def restore(self, saved: SavedRings, which: list[int]) -> None:
@@ -101,21 +111,19 @@ class KVCache:
         if not which:
             return
         self.told("restore", {"which": which})
+        if self._native is not None:
+            native.copy_rings(self._native, saved.slots, saved.positions, array("q", which), saved.rows[0])
+            return
         slots, positions = saved.slots[which], saved.positions[which]
         for ring, rows in zip(self._rings, saved.rows, strict=True):
             ring[:, slots, positions % ring.shape[2]] = rows[:, which]
-
-    def _numbers(self, values: list[int]) -> Any:
-        ring = self._rings[0]
-        return torch.tensor(values, device=ring.device) if isinstance(ring, Tensor) else np.array(values)
 
     def told(self, name: str, values: dict[str, Any], *tensors: Tensor) -> None:
         if self.tell is not None:
             self.tell(name, values, tensors)
 
-    def _stack_rings(self) -> list[Any]:
-        """Lay rings of one shape behind each other, [n, slots, ring, width], so that one call saves them all. On a CPU
-        as numpy arrays of bytes, the same memory: their indexing takes a tenth of torch's time."""
+    def _stack_rings(self) -> list[Tensor]:
+        """Lay rings of one shape behind each other, [n, slots, ring, width], so that one call saves them all."""
         owners: dict[tuple[torch.Size, torch.dtype], list[tuple[LayerCache | Tail, str]]] = {}
         for layer in (*self.layers, *self.mtp):
             rings: list[tuple[LayerCache | Tail, str]] = [(layer, "window")]
@@ -123,12 +131,12 @@ class KVCache:
             for owner, name in rings:
                 ring = getattr(owner, name)
                 owners.setdefault((ring.shape, ring.dtype), []).append((owner, name))
-        stacks: list[Any] = []
+        stacks: list[Tensor] = []
         for (shape, dtype), rings in owners.items():
             stack = _zeros((len(rings), *shape), dtype, self.layers[0].window.device)
             for part, (owner, name) in zip(stack, rings, strict=True):
                 setattr(owner, name, part)
-            stacks.append(stack.view(torch.uint8).numpy() if stack.device.type == "cpu" else stack)
+            stacks.append(stack)
         return stacks
 
 
@@ -136,9 +144,9 @@ class KVCache:
 class SavedRings:
     """Rows of all rings at N pairs of slot and position: rows of each stack [n, N, width]."""
 
-    slots: Any  # [N], as positions: a tensor or, like the rows, of numpy
+    slots: Any  # [N], as positions: tensors, or arrays where the kernels copy
     positions: Any
-    rows: list[Any]
+    rows: list[Tensor]  # those of the kernels are the bytes of all stacks
 
 
 class DecodeInputs:
@@ -172,7 +180,7 @@ class DecodeInputs:
         return blocks * per_block + self.positions // ratio % per_block
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take several times as long to make
 class Step:
     """Which cached sequences one forward extends: input_ids [B, S] hold lengths[b] new tokens each, padded right, or
     [1, T] hold all sequences' tokens one after another (ragged).
@@ -193,12 +201,6 @@ class Step:
 
     def is_ragged(self, input_ids: Tensor) -> bool:
         return input_ids.shape[0] != len(self.lengths)
-
-    def first_rows(self, input_ids: Tensor) -> list[int]:
-        """Where each sequence's tokens begin in the flattened input."""
-        if self.is_ragged(input_ids):
-            return list(accumulate(self.lengths, initial=0))[:-1]
-        return [b * input_ids.shape[1] for b in range(len(self.lengths))]
 
     @property
     def is_decode(self) -> bool:

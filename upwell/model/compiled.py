@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -76,14 +76,17 @@ class Plan:
     caches: WeakKeyDictionary[KVCache, Any] = field(default_factory=WeakKeyDictionary)
     lock: Lock = field(default_factory=Lock)
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
-    decoded: tuple[native.Model, Any, list[Any]] | None = None  # small packed weights in panels: model, layers, MTP
+    decoded: tuple[Any, Any, list[Any]] | None = None  # small packed weights in panels: pointer to model, layers, MTP
 
-    def of(self, tokens: int, threads: int, mtp: int | None = None) -> tuple[native.Model, Any]:
-        """Model and layers (or those of an MTP block) for a call of so many tokens."""
-        model, layers, blocks = self.model, self.layers, self.mtp
+    def __post_init__(self) -> None:
+        self._at_model = pointer(self.model)
+
+    def of(self, tokens: int, threads: int, mtp: int | None = None) -> tuple[Any, Any]:
+        """Model (a pointer) and layers (or those of an MTP block) for a call of so many tokens."""
+        model, layers, blocks = self._at_model, self.layers, self.mtp
         if self.decoded:
             many = tokens >= threads * (3 if threads <= 2 else 12)  # see by_tokens (csrc/blocks.h)
-            if many or (self.decoded[0].rounds and native.bf16_dots()):
+            if many or (self.model.rounds and native.bf16_dots()):
                 model, layers, blocks = self.decoded
         return model, layers if mtp is None else blocks[mtp]
 
@@ -331,7 +334,7 @@ def _make(model: Transformer) -> Plan | None:
     if not (is_part or callbacks or are_panels) and 4 * build.weights <= _DECODED_BYTES:
         wide, of_many = _Builder(True, rounds, decode=True), native.Model.from_buffer_copy(shape)
         made.decoded = (
-            of_many, (native.Layer * len(blocks))(*(wide.layer(block) for block in blocks)),
+            pointer(of_many), (native.Layer * len(blocks))(*(wide.layer(block) for block in blocks)),
             [(native.Layer * 1)(wide.layer(block)) for block in model.mtp],  # type: ignore[arg-type]
         )  # fmt: skip
         of_many.by_tokens = int(dense <= _CACHED_BYTES)
@@ -350,22 +353,6 @@ def _cache_layers(layers: list[LayerCache]) -> Any:
             at.index_keys, at.index_tail_ring = layer.index_keys.data_ptr(), layer.index_tail.ring
             at.index_tail_kv, at.index_tail_gate = layer.index_tail.kv.data_ptr(), layer.index_tail.gate.data_ptr()
     return out
-
-
-def _chunks(lengths: list[int]) -> list[list[tuple[int, int, int]]]:
-    """Sequences' tokens cut into calls of at most CHUNK: lists of (sequence, offset, count)."""
-    calls: list[list[tuple[int, int, int]]] = [[]]
-    room = CHUNK
-    for b, length in enumerate(lengths):
-        offset = 0
-        while offset < length:
-            if room == 0:
-                calls.append([])
-                room = CHUNK
-            count = min(room, length - offset)
-            calls[-1].append((b, offset, count))
-            offset, room = offset + count, room - count
-    return [call for call in calls if call]
 
 
 @dataclass
@@ -387,19 +374,33 @@ class Piece:
 
 
 def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
-    first_rows = step.first_rows(input_ids)
+    """The tokens of all sequences, cut into calls of at most CHUNK."""
     tables = array("q", chain.from_iterable(step.tables))
-    at_tables = list(accumulate(map(len, step.tables), initial=tables.buffer_info()[0] // 8))
-    for parts in _chunks(step.lengths):
-        sequences, row, spans = array("q"), 0, []
-        for b, offset, count in parts:
-            sequences.extend((step.slots[b], step.starts[b] + offset, count, row, 8 * at_tables[b]))
-            spans.append((first_rows[b] + offset, count))
-            row += count
-        first = spans[0][0]
-        joined = all(a + n == b for (a, n), (b, _) in pairwise(spans))
-        rows = slice(first, first + row) if joined else torch.cat([torch.arange(a, a + n) for a, n in spans])
-        yield Piece(sequences, row, rows, tables)
+    at_table = tables.buffer_info()[0]
+    padded = 0 if step.is_ragged(input_ids) else input_ids.shape[1]  # a sequence's rows of the input; 0: its tokens
+    sequences, spans, tokens, first = array("q"), [], 0, 0
+    for slot, start, length, table in zip(step.slots, step.starts, step.lengths, step.tables, strict=True):
+        done = 0
+        while done < length:
+            count = min(CHUNK - tokens, length - done)
+            sequences.extend((slot, start + done, count, tokens, at_table))
+            spans.append((first + done, count))
+            done, tokens = done + count, tokens + count
+            if tokens == CHUNK:
+                yield Piece(sequences, tokens, _rows(spans, tokens), tables)
+                sequences, spans, tokens = array("q"), [], 0
+        at_table += 8 * len(table)
+        first += padded or length
+    if tokens:
+        yield Piece(sequences, tokens, _rows(spans, tokens), tables)
+
+
+def _rows(spans: list[tuple[int, int]], count: int) -> slice | Tensor:
+    """The rows of spans (first, how many), `count` in all."""
+    first = spans[0][0]
+    if spans[-1][0] + spans[-1][1] == first + count:
+        return slice(first, first + count)
+    return torch.cat([torch.arange(a, a + n) for a, n in spans])
 
 
 def caches_of(plan: Plan, cache: KVCache, mtp: int | None) -> Any:
@@ -413,8 +414,7 @@ def caches_of(plan: Plan, cache: KVCache, mtp: int | None) -> Any:
 
 def takes(cache: KVCache) -> bool:
     """The kernels extend this cache."""
-    window = cache.layers[0].window
-    return window.dtype == torch.float32 and window.device.type == "cpu"
+    return cache.dtype == torch.float32 and cache.device.type == "cpu"
 
 
 def run_layers(
@@ -433,16 +433,21 @@ def run_layers(
         caches = caches_of(plan, cache, mtp)
         table, stride = (None, 0) if embed is None else (embed.data_ptr(), embed.stride(0))
         counts = None if load is None else load[0 if mtp is None else len(plan.layers) + mtp].data_ptr()
+        threads, width = torch.get_num_threads(), plan.model.streams * plan.model.hidden
         for piece in pieces(input_ids, step):
-            part, part_ids = streams[piece.rows], ids[piece.rows]
-            model, layers = plan.of(piece.tokens, torch.get_num_threads(), mtp)
+            rows, first, part, part_ids = piece.rows, 0, streams, ids
+            if isinstance(rows, slice):
+                first = rows.start
+            else:
+                part, part_ids = streams[rows], ids[rows]
+            model, layers = plan.of(piece.tokens, threads, mtp)
             call = native.Call(
-                pointer(model), layers, caches, len(layers), piece.address, piece.count, piece.tokens,
-                BLOCK_TOKENS, part_ids.data_ptr(), table, stride, part.data_ptr(), load=counts,
+                model, layers, caches, len(layers), piece.address, piece.count, piece.tokens, BLOCK_TOKENS,
+                part_ids.data_ptr() + 8 * first, table, stride, part.data_ptr() + 4 * first * width, load=counts,
             )  # fmt: skip
             run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
-            if not isinstance(piece.rows, slice):
-                streams[piece.rows] = part
+            if part is not streams:
+                streams[rows] = part
     return streams
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from array import array
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntFlag
 from functools import cache
@@ -82,6 +83,10 @@ class Call(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Ring(ctypes.Structure):
+    _fields_ = [("rows", c_void_p), *((name, c_int64) for name in ("layers", "slots", "places", "bytes"))]
+
+
 class ExpertsCall(ctypes.Structure):
     _fields_ = [
         ("model", POINTER(Model)), ("experts", POINTER(Matrix)), ("layer", c_int64), ("tokens", c_int64),
@@ -148,6 +153,10 @@ def _loaded() -> ctypes.CDLL | None:
     lib.upwell_experts.argtypes, lib.upwell_experts.restype = [c_void_p], None
     lib.upwell_experts_workspace_bytes.argtypes = [c_void_p, c_int64, c_int]
     lib.upwell_experts_workspace_bytes.restype = c_int64
+    lib.upwell_copy_rings.restype = None
+    lib.upwell_copy_rings.argtypes = [
+        c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p,
+    ]  # fmt: skip
     lib.upwell_read.argtypes, lib.upwell_read.restype = [c_void_p, c_int64], c_uint64
     _share_openmp(lib)
     if wish and lib.upwell_set_isa(wish.encode()) != 0:
@@ -160,7 +169,7 @@ def _loaded() -> ctypes.CDLL | None:
 
 def _check_structs(lib: ctypes.CDLL) -> None:
     """A library of other sources would read our structs wrongly."""
-    ours = sum(ctypes.sizeof(struct) for struct in (Call, Layer, Model))
+    ours = sum(ctypes.sizeof(struct) for struct in (Call, Layer, Model, Ring))
     if not hasattr(lib, "upwell_struct_bytes") or lib.upwell_struct_bytes() != ours:
         raise UpwellError("the CPU kernels here were built from other sources", "install Upwell again")
 
@@ -236,6 +245,19 @@ def read_memory(tensors: list[torch.Tensor]) -> int:
     lib.upwell_set_threads(torch.get_num_threads())
     lib.upwell_read(spans, len(tensors))
     return sum(8 * span.words for span in spans)
+
+
+def copy_rings(
+    rings: ctypes.Array[Ring], slots: array[int], positions: array[int], which: array[int] | None, saved: torch.Tensor
+) -> None:
+    """Rows of all rings, at pairs of slot and position, into `saved`; with `which` those pairs' from there back."""
+    lib = library()
+    assert lib is not None
+    some = (None, 0) if which is None else (which.buffer_info()[0], len(which))
+    at_slots, at_positions = slots.buffer_info()[0], positions.buffer_info()[0]
+    lib.upwell_copy_rings(
+        ctypes.addressof(rings), len(rings), at_slots, at_positions, len(slots), *some, saved.data_ptr()
+    )
 
 
 def set_isa(name: str) -> bool:
