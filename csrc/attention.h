@@ -138,6 +138,16 @@ struct Partial {
 };
 constexpr int64_t kRowBlock = 64;  // rows that stay in L1 while all heads are summed over them
 
+// Memory that is read next, fetched bit by bit while there is much to compute.
+struct Coming {
+  const char *at = nullptr, *end = nullptr;
+
+  int64_t share(int64_t parts) const { return ((end - at) / 64 + parts - 1) / max64(parts, 1); }  // lines, of so many
+  void fetch(int64_t lines) {
+    for (; lines > 0 && at < end; --lines, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // What one query reads. rows: each by itself, for the scores; columns: the same for the sums, or (pairs) two rows each.
 template <class T>
 struct RowsRead {
@@ -145,6 +155,7 @@ struct RowsRead {
   int64_t n;
   int hidden = 0;  // rows that aren't the query's, though they lie among its own
   int64_t hides[4] = {};
+  Coming coming;  // of the next query
 
   RowsRead part(int64_t first, int64_t count) const {
     RowsRead own{rows + first, columns + first / kEach<T>, count};
@@ -161,8 +172,10 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
   constexpr int kRows = 8, kPer = kTwo ? 2 : 1, kStep = kTurns<kTwo, T> ? 2 : 1;
   const int64_t steps = lay_out_query<kTwo, T>(qt, dim), n = read.n;
   const auto* q = reinterpret_cast<const T*>(qt);
+  Coming coming = read.coming;
   int64_t j = 0;
-  for (; j + kRows <= n; j += kRows) {
+  for (const int64_t share = coming.share(n / kRows * 2); j + kRows <= n; j += kRows) {
+    coming.fetch(share);
     for (int64_t i = j + 16; !kOfPairs<T> && i < n && i < j + 24; ++i)  // rows lie anywhere: no hardware foresees them
       for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(read.rows[i] + k);
     score_rows<kRows, kTwo>(read.rows + j, q, steps, scores + j / kPer * kLanes);
@@ -195,12 +208,16 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
       const Vec a = load(scores + j * kLanes), b = j + 1 < vectors ? load(scores + (j + 1) * kLanes) : zero();
       store(scores + j / 2 * kLanes, reinterpret_cast<Vec>(kTwo ? round_neighbours(a, b) : round_pairs(a, b)));
     }
+  const int64_t share = coming.share((n + kRowBlock - 1) / kRowBlock * (heads / 4));
   for (j = 0; j == 0 || j < n; j += kRowBlock) {
     const int64_t count = (min64(n - j, kRowBlock) + kEach<T> - 1) / kEach<T>;
     const auto* probs = reinterpret_cast<const T*>(scores) + j / kEach<T> / (kTwo ? 2 : 1) * kLanes;
     const T* const* columns = read.columns + j / kEach<T>;
     int h = 0;
-    for (; h + 4 <= heads; h += 4) weigh<4, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
+    for (; h + 4 <= heads; h += 4) {
+      coming.fetch(share);
+      weigh<4, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
+    }
     for (; h < heads; ++h) weigh<1, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
   }
   return {best, total};

@@ -104,7 +104,8 @@ struct ByTokens : LayerPass {
 
   void attend(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
     const int64_t row = m.heads * m.dim + kSkew;
-    for (int64_t i = 0; i < n; ++i) attend_token(l, c, t0 + i, o.q + i * row, o.attended + i * row);
+    for (int64_t i = 0; i < n; ++i)
+      attend_token(l, c, t0 + i, t0 + min64(i + 1, n - 1), o.q + i * row, o.attended + i * row);
   }
 
   void from_attention(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {

@@ -274,23 +274,33 @@ struct LayerPass {
     const Sequence& s = sequence(t);
     const int64_t p = position(t), ring = ring_slots(m.window), used = min64(ring, (p + 2) / 2 * 2), pairs = row_pairs(m.dim);
     auto slot = [&](int64_t i) { return k.rows + i * pairs; };
-    auto join = [&](int64_t i) { join_rows(slot(i & ~1), slot(i | 1), pairs, k.columns + i / 2 * 2 * pairs); };
+    auto round = [&](int64_t i, const float* even, const float* odd) { round_two(even, odd, m.dim, slot(i), k.columns + i * pairs); };
     const bool known = k.layer == &l && k.sequence == &s && k.position <= p;
     const bool ours = known && p - k.position < m.window;  // and some of its window is ours
-    if (!ours) __builtin_memset(k.rows, 0, sizeof(int32_t) * size_t(used * pairs));
+    const int64_t fresh = ours ? k.position + 1 : max64(0, p - m.window + 1), mask = m.window & (m.window - 1) ? 0 : m.window - 1;
     const float* old = c.window + s.slot * m.window * m.dim;
-    const int64_t fresh = ours ? k.position + 1 : max64(0, p - m.window + 1);
-    for (int64_t j = fresh; j <= p; ++j)
-      round_row(j < s.start ? old + j % m.window * m.dim : b.kv + (s.row + j - s.start) * m.dim, m.dim, slot(j % ring));
+    auto latent = [&](int64_t j) -> const float* {
+      if (j >= s.start) return b.kv + (s.row + j - s.start) * m.dim;
+      return old + (mask ? j & mask : j % m.window) * m.dim;
+    };
     RowsRead<int32_t> read{k.row_at, k.columns_at, used};
-    for (int64_t j = p + 1; j <= p + ring - m.window; ++j) {  // what has left the window, or is yet to come
-      if (j % ring >= used) continue;
-      __builtin_memset(slot(j % ring), 0, sizeof(int32_t) * size_t(pairs));
-      join(j % ring);
-      read.hides[read.hidden++] = j % ring;
+    for (int64_t j = p + 1; j <= p + ring - m.window; ++j)  // what has left the window, or is yet to come
+      if (j % ring < used) read.hides[read.hidden++] = j % ring;
+    if (ours) {
+      auto join = [&](int64_t i) { join_rows(slot(i & ~1), slot(i | 1), pairs, k.columns + i / 2 * 2 * pairs); };
+      for (int64_t j = fresh; j <= p; ++j) round_row(latent(j), m.dim, slot(j % ring));
+      for (int i = 0; i < read.hidden; ++i) {
+        __builtin_memset(slot(read.hides[i]), 0, sizeof(int32_t) * size_t(pairs));
+        join(read.hides[i]);
+      }
+      for (int64_t j = fresh; j <= p; ++j) join(j % ring);
+    } else {
+      auto of_slot = [&, last = p % ring](int64_t i) -> const float* {  // null: nobody's
+        const int64_t j = p - last + i - (i > last ? ring : 0);
+        return j < fresh ? nullptr : latent(j);
+      };
+      for (int64_t i = 0; i < used; i += 2) round(i, of_slot(i), of_slot(i + 1));
     }
-    if (ours) for (int64_t j = fresh; j <= p; ++j) join(j % ring);
-    else for (int64_t i = 0; i < used; i += 2) join(i);
 
     const int64_t seen = visible(l, t);
     const bool picked = l.has_index && seen > m.index_topk;
@@ -300,24 +310,35 @@ struct LayerPass {
     if (known && picked && k.position == p) begin = entries;
     const RowsOfPool row(s.table, call.block_tokens / max64(1, l.ratio));
     const int32_t* picks = b.picks + t * m.index_topk;
-    for (int64_t e = begin; e < entries; ++e) round_row(c.entries + row(picked ? picks[e] : e) * m.dim, m.dim, slot(ring + e));
-    if (entries % 2) {
-      __builtin_memset(slot(ring + entries), 0, sizeof(int32_t) * size_t(pairs));
-      read.hides[read.hidden++] = used + entries;
-    }
-    for (int64_t e = begin / 2 * 2; begin < entries && e < entries; e += 2) join(ring + e);
+    auto entry = [&](int64_t e) { return e == entries ? nullptr : c.entries + row(picked ? picks[e] : e) * m.dim; };
+    if (begin < entries)
+      for (int64_t e = begin / 2 * 2; e < entries; e += 2) round(ring + e, entry(e), entry(e + 1));
+    if (entries % 2) read.hides[read.hidden++] = used + entries;
     read.n += (entries + 1) / 2 * 2;
-    for (int64_t i = 0; i < read.n; ++i) k.row_at[i] = slot(i < used ? i : ring + i - used);
+    for (int64_t i = 0; i < used; ++i) k.row_at[i] = slot(i);
+    for (int64_t i = used; i < read.n; ++i) k.row_at[i] = slot(ring + i - used);
     for (int64_t i = 0; i < read.n; i += 2) k.columns_at[i / 2] = k.columns + (i < used ? i : ring + i - used) * pairs;
     k.layer = &l, k.sequence = &s, k.position = p;
     return read;
   }
 
-  // f(the rows that token t reads).
+  // The window of token t, where that isn't the window of the token before.
+  Coming window_of(const LayerCache& c, int64_t t) {
+    const Sequence& s = sequence(t);
+    if (s.row != t) return {};
+    const char* at = reinterpret_cast<const char*>(c.window + s.slot * m.window * m.dim);
+    return {at, at + min64(s.start, m.window) * m.dim * int64_t(sizeof(float))};
+  }
+
+  // f(the rows that token t reads). next: the token after it, or t.
   template <class F>
-  void with_rows(const Layer& l, const LayerCache& c, int64_t t, F f) {
-    if (UPWELL_BF16_DOTS && m.rounds) f(keep_rows(l, c, t));
-    else f(read_rows(l, c, t));
+  void with_rows(const Layer& l, const LayerCache& c, int64_t t, int64_t next, F f) {
+    auto with = [&](auto read) {
+      if (next != t) read.coming = window_of(c, next);
+      f(read);
+    };
+    if (UPWELL_BF16_DOTS && m.rounds) with(keep_rows(l, c, t));
+    else with(read_rows(l, c, t));
   }
 
   // Token t's heads from `head` on, at most kLanes, over `read`: q [heads, dim] -> out.
@@ -327,9 +348,9 @@ struct LayerPass {
                  b.qt, b.probs, out);
   }
 
-  // All of token t's heads: q [heads, dim] -> out.
-  void attend_token(const Layer& l, const LayerCache& c, int64_t t, const float* q, float* out) {
-    with_rows(l, c, t, [&](const auto& read) {
+  // All of token t's heads: q [heads, dim] -> out. next: the token that this thread takes next, or t.
+  void attend_token(const Layer& l, const LayerCache& c, int64_t t, int64_t next, const float* q, float* out) {
+    with_rows(l, c, t, next, [&](const auto& read) {
       for (int64_t head = 0; head < m.heads; head += kLanes)
         attend_heads(l, t, q + head * m.dim, head, read, out + head * m.dim);
     });

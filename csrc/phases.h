@@ -100,7 +100,9 @@ struct ByWeights : LayerPass {
   void attend(const Layer& l, const LayerCache& c) {
     const int64_t blocks = (m.heads + kLanes - 1) / kLanes, splits = T * blocks, d = m.dim;
     if (T >= 2 * w.team.size) {  // whoever takes a token finds its rows once
-      w.units(T, [&](int64_t t) { attend_token(l, c, t, b.q + t * m.heads * d, b.attended + t * m.heads * d); });
+      w.units(T, [&](int64_t t) {
+        attend_token(l, c, t, min64(t + w.team.size, T - 1), b.q + t * m.heads * d, b.attended + t * m.heads * d);
+      });
       w.barrier();
       return;
     }
@@ -111,7 +113,7 @@ struct ByWeights : LayerPass {
       const int heads = int(min64(m.heads - head, kLanes));
       const float* q = b.q + (t * m.heads + head) * d;
       float* out = b.attended + (t * m.heads + head) * d;
-      with_rows(l, c, t, [&](const auto& read) {
+      with_rows(l, c, t, t, [&](const auto& read) {
         if (parts == 1) {
           attend_heads(l, t, q, head, read, out);
           return;
