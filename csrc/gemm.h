@@ -5,6 +5,8 @@
 constexpr int kTile = 2 * kLanes;  // weight rows a packed tile holds
 constexpr int kFewRows = 8;
 constexpr int kAhead = 2048;  // floats: rows are short, and the hardware's prefetcher starts anew with each
+// Of panels, into L2: a core waits for few lines of L1 at a time, too few to fill memory's bandwidth.
+constexpr int kPanelAhead = 8192;
 
 INLINE float ue8m0(uint8_t code) {
   uint32_t bits = code == 0 ? 1u << 22 : code == 255 ? 0x7fc00000u : uint32_t(code) << 23;
@@ -77,7 +79,7 @@ INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t
     Vec xs[C];
     for (int c = 0; c < C; ++c) xs[c] = load(x + c * ldx + i);
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w[r] + i + kAhead);
+      __builtin_prefetch(w[r] + i + kAhead, 0, 2);
       Vec v = load(w[r] + i);
       for (int c = 0; c < C; ++c) acc[r][c] += v * xs[c];
     }
@@ -135,7 +137,7 @@ INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fet
     for (; k + U <= end; k += U, b += U * LDB, x0 += U, x4 += U, x8 += U, at += U * fetch.stride)
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        __builtin_prefetch(at + u * fetch.stride), __builtin_prefetch(at + u * fetch.stride + 64);
+        __builtin_prefetch(at + u * fetch.stride, 0, 2), __builtin_prefetch(at + u * fetch.stride + 64, 0, 2);
         const Lanes<T> b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
         UPWELL_STEPS
       }
@@ -205,7 +207,7 @@ static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, fl
 template <int LDB, class T>
 static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_t n, const void* next, float* out,
                        int64_t ldo, int width) {
-  const int64_t tiles = (t + kRowTile - 1) / kRowTile, step = LDB * sizeof(T), near = kAhead / LDB, left = max64(0, n - near);
+  const int64_t tiles = (t + kRowTile - 1) / kRowTile, step = LDB * sizeof(T), near = kPanelAhead / LDB, left = max64(0, n - near);
   const auto *here = reinterpret_cast<const char*>(tile), *there = next ? static_cast<const char*>(next) : here + n * step;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t rows = t / tiles + (i < t % tiles);

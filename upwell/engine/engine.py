@@ -303,7 +303,7 @@ class Engine:
                     ready += [(row, s) for s in (sequence, *forks)]
                     for fork in forks:
                         self.runner.fork(sequence, fork)
-            masks = [self._mask(s) for _, s in ready]
+            masks = [None if s.mask is None else self._mask(s) for _, s in ready]
             kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
             if kept:
                 rows = [ready[i][0] for i in kept]

@@ -48,16 +48,19 @@ def sample(
     """
     ahead = [()] * len(sequences) if ahead is None else ahead
     if logits.device.type == "cpu" and all(map(_takes_best, sequences, allowed, ahead)):
+        if all(ids is None for ids in allowed):
+            return [Draw(token, None) for token in _best_of_all(logits)]
         return [Draw(_best(row, ids), None) for row, ids in zip(logits.numpy(), allowed, strict=True)]
     for row, sequence, ids, before in zip(logits, sequences, allowed, ahead, strict=True):
         _edit(row, sequence, ids, before)
-    tokens = logits.argmax(dim=-1)
     drawn = [b for b, s in enumerate(sequences) if not s.params.is_greedy]
+    chosen = _best_of_all(logits) if len(drawn) < len(sequences) else [0] * len(sequences)
     if drawn:
         of_drawn = logits if len(drawn) == len(sequences) else logits[drawn]
         uniforms = [sequences[b].uniform(len(ahead[b])) for b in drawn]
-        tokens[drawn] = _draw(of_drawn, [sequences[b].params for b in drawn], uniforms)
-    chosen = tokens.tolist()
+        tokens = _draw(of_drawn, [sequences[b].params for b in drawn], uniforms).tolist()
+        for b, token in zip(drawn, tokens, strict=True):
+            chosen[b] = token
     entries = _logprobs(logits, chosen, sequences) if logprobs else {}
     return [Draw(token, entries.get(b)) for b, token in enumerate(chosen)]
 
@@ -66,6 +69,13 @@ def _takes_best(sequence: Sequence, allowed: Allowed, ahead: Items[int]) -> bool
     """Nothing but the best of the allowed ids is asked for: what most greedy requests do, and nano's plans."""
     params, number = sequence.params, len(sequence.output) + len(ahead) + 1
     return params.is_plain and not isinstance(allowed, Tensor) and number >= params.min_tokens
+
+
+def _best_of_all(logits: Tensor) -> list[int]:
+    """The id of the largest of each row of logits [B, V]; of equals the lowest."""
+    # On a CPU torch takes 5 to 15 times as long as numpy.
+    best: list[int] = (logits.numpy().argmax(1) if logits.device.type == "cpu" else logits.argmax(-1)).tolist()
+    return best
 
 
 def _best(row: NDArray[np.float32], allowed: Allowed) -> int:

@@ -155,7 +155,7 @@ class Scheduler:
     def _grow(self) -> None:
         """Give every decoding sequence room for its next token, first in order first."""
         for sequence in list(self.running):
-            if sequence.status is not Status.DECODE or blocks_for(len(sequence)) <= len(sequence.table):
+            if sequence.status is not Status.DECODE or len(sequence) <= len(sequence.table) * BLOCK_TOKENS:
                 continue
             while not self.blocks.free and sequence.status is Status.DECODE:
                 self.preempt(self.running[-1])

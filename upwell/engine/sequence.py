@@ -64,6 +64,7 @@ class Sequence:
 
     def __init__(self, request: Request, index: int, arrival: int, detokenizer: Detokenizer | None) -> None:
         self.request, self.index, self.arrival = request, index, arrival
+        self._prompt_tokens = len(request.prompt_token_ids)
         self.params = params = request.params
         self.order = (request.priority, arrival)
         self.detokenizer = detokenizer
@@ -88,7 +89,7 @@ class Sequence:
             self.end_ids.add(request.eos_token_id)
 
     def __len__(self) -> int:
-        return len(self.request.prompt_token_ids) + len(self.output)
+        return self._prompt_tokens + len(self.output)
 
     @property
     def keys(self) -> PrefixKeys:
