@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_v4 import build_tokenizer
 
@@ -128,6 +128,7 @@ def test_a_bad_parameter_is_named_with_its_value(name: str, value: Any) -> None:
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_streamed_text_is_the_whole_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
     tokenizer = Tokenizer(build_tokenizer())
+    assume(not any(tokenizer.bytes_of(i).decode() in text for i in tokenizer.special_ids))  # these aren't text
     ids = build_tokenizer().encode(text, add_special_tokens=False).ids
     detokenizer = Detokenizer(tokenizer, stops)
     streamed = ""

@@ -1,9 +1,9 @@
 """From logits to the next token of each sequence.
 
 Rows are edited one by one (penalties, bias, masks touch few ids); truncation and drawing run over all rows at once.
-Nothing is ever sorted whole: top_k and top_p look at the best tokens, and top_p bisects where these don't suffice. Each
-sequence draws from its own generator, one number a token, by inverting the cumulative distribution: the same seed gives
-the same token whatever else is in the batch.
+Nothing is ever sorted whole: top_k and top_p look at the best tokens, and top_p halves ranges where these are too few.
+Each sequence draws from its own generator, one number a token, by inverting the cumulative distribution: the same seed
+gives the same token whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -186,28 +186,30 @@ def _nucleus(scaled: Tensor, top_p: Tensor) -> Tensor:
     last = best.gather(1, (before < top_p).sum(dim=-1, keepdim=True) - 1)
     short = ((before[:, -1:] + mass[:, -1:] < top_p) & (top_p < 1)).squeeze(1)  # the candidates hold less than top_p
     if best.shape[-1] < scaled.shape[-1] and bool(short.any()):
-        last[short] = _bisected(scaled[short], (top_p * total.exp())[short])
+        wanted = (top_p * total.exp()).squeeze(1).tolist()
+        for row in short.nonzero().squeeze(1).tolist():
+            last[row] = _bisected(scaled[row], wanted[row])
     return last.masked_fill(top_p >= 1, _NEVER)
 
 
-def _bisected(scaled: Tensor, wanted: Tensor) -> Tensor:
-    """The largest value whose row's tokens at or above it have `wanted` mass (exp of scaled) [R, 1], without sorting.
+def _bisected(scaled: Tensor, wanted: float) -> float:
+    """The largest value such that the tokens at or above it have `wanted` mass (exp of scaled [V], the best at 0).
 
-    By bisection over FP32's values in order, of which none positive is needed: the best token is at 0.
+    The range is halved until few tokens lie in it; only those are sorted.
     """
-    mass = scaled.exp()
-    high = torch.zeros_like(wanted, dtype=torch.int32)
-    low = torch.full_like(high, -0x7F800000)  # of -inf: all tokens
-    while bool((low + 1 < high).any()):
-        middle = low + (high - low) // 2
-        enough = (mass * (scaled >= _ordered(middle))).sum(dim=-1, keepdim=True) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return _ordered(low)
-
-
-def _ordered(rank: Tensor) -> Tensor:
-    """The FP32 value at a rank at or below 0, int32: 0 is 0.0, -1 the negative number next to it, and so on."""
-    return -(-rank).view(torch.float32)
+    mass, known = scaled.exp(), 0.0  # of the tokens above the range
+    low, high = float(scaled.masked_fill(scaled == _NEVER, 0.0).min()), 0.0
+    while len(scaled) > _CANDIDATES and low < (middle := (low + high) / 2) < high:
+        kept = scaled >= middle
+        more = float(mass[kept].sum())
+        if known + more >= wanted:
+            low = middle
+        else:
+            high, known, kept = middle, known + more, ~kept
+        scaled, mass = scaled[kept], mass[kept]
+    values, order = scaled.sort(descending=True)
+    at = int((mass[order].cumsum(0) < wanted - known).sum())
+    return float(values[min(at, len(values) - 1)])
 
 
 def _before(mass: Tensor) -> Tensor:
