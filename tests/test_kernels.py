@@ -284,7 +284,9 @@ def test_choice_by_short_scores_is_that_of_fp32(
     )
     model = random_model(config, dim)
     # Runs of one token make entries whose scores all lie close together, and more of them than are worth a second look.
-    ids = torch.arange(1400)[None] // 700 if alike else torch.randint(0, 64, (2, 300))
+    # From a fixed seed: where two scores are within rounding, either choice is right.
+    mixed = torch.randint(0, 64, (2, 300), generator=torch.Generator().manual_seed(dim))
+    ids = torch.arange(1400)[None] // 700 if alike else mixed
     (tokens, short), (weights, full) = by_both_cuts(model, ids, monkeypatch)
     assert torch.equal(short, full) and (short[:, -1] >= 0).all()
     assert (tokens - weights).abs().max() <= 1e-5 * weights.abs().max()
