@@ -1,9 +1,11 @@
 """Decode at the true layer geometry of V4-Flash, on a CPU, straight from packed weights, against memory's own speed.
 
-    python benchmarks/flash_geometry.py [--gib 8] [--layers 3] [--steps 24] [--threads N] [--json OUT]
+    python benchmarks/flash_geometry.py [--weights official|w8a8|w4a8] [--gib 8] [--layers 3] [--steps 24]
+                                        [--threads N] [--json OUT]
 
 Preset v4-flash with fewer layers (sliding, CSA, HCA in turn) and as many experts a layer as fit in --gib of weights in
-the official formats: FP4 experts, FP8 matrices, BF16 the rest. Weights are random, but of sane spread. Requests go
+the official formats: FP4 experts, FP8 matrices, BF16 the rest; or in those of `upwell convert --to w8a8` (or w4a8),
+which Ascend A2 and A3 compute. Weights are random, but of sane spread. Requests go
 through the engine; a step is timed from outside. In the same run, all weights are read once by a plain loop on the same
 threads: its speed is the bar that decoding's bytes a second are measured by. The last table is a projection to all of
 Flash, by bytes alone. Nothing is written but OUT. Without a quiet machine the figures mean little.
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from upwell.bench.record import cpu_name
+from upwell.checkpoint.recipes import integer_format
 from upwell.config import ModelConfig
 from upwell.engine import LLM, SamplingParams
 from upwell.formats.fp8 import scale_shape
@@ -60,6 +63,7 @@ class Pool:
             torch.float8_e4m3fn: (noise * 90).clamp(-448, 448).to(torch.float8_e4m3fn),
             torch.bfloat16: (noise * 0.015).bfloat16(),
             torch.float32: noise * 0.005,
+            torch.int8: (noise * 30).round().clamp(-127, 127).to(torch.int8),
         }
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -78,11 +82,18 @@ class Pool:
         return self.codes[torch.uint8][: torch.Size(shape).numel()].view(shape) % 2 + (127 + exponent)
 
 
+def rows_of_integers(pool: Pool, shape: tuple[int, ...], integer: str) -> tuple[Tensor, Tensor]:
+    """INT8, or INT4 two a byte, of shape [..., out, in], and a scale a row."""
+    if integer == "int8":
+        return pool.take(shape, torch.int8), torch.full(shape[:-1], 0.0005)
+    return pool.take((*shape[:-1], shape[-1] // 2), torch.uint8), torch.full(shape[:-1], 0.003)
+
+
 def expert(pool: Pool, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     return pool.take((rows, cols // 2), torch.uint8), pool.scales((rows, cols // 32), -8)
 
 
-def fill(model: Transformer, pool: Pool) -> None:
+def fill(model: Transformer, pool: Pool, weights: str) -> None:
     """Give a model on the meta device its weights."""
     c = model.config
     fp8 = {"wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3"}
@@ -90,8 +101,11 @@ def fill(model: Transformer, pool: Pool) -> None:
         leaf = path.rsplit(".", 1)[-1]
         if isinstance(module, Linear):
             shape = (module.out_features, module.in_features)
-            if leaf in fp8 and "compressor" not in path:
-                weight: Tensor = pool.take(shape, torch.float8_e4m3fn)
+            integer = None if weights == "official" else integer_format(f"{path}.weight", weights, "upwell")
+            if integer is not None:
+                weight, module.scale = rows_of_integers(pool, shape, integer)
+            elif weights == "official" and leaf in fp8 and "compressor" not in path:
+                weight = pool.take(shape, torch.float8_e4m3fn)
                 module.scale = pool.scales(scale_shape(*shape), -13)
             else:
                 weight = pool.take(shape, torch.bfloat16)
@@ -99,6 +113,12 @@ def fill(model: Transformer, pool: Pool) -> None:
             continue
         if leaf == "experts":
             i, d = c.moe_intermediate_size, c.hidden_size
+            if weights != "official":
+                integer = integer_format(f"{path}.0.w1.weight", weights, "upwell") or ""
+                w13, module.w13_scale = rows_of_integers(pool, (c.n_routed_experts, 2 * i, d), integer)
+                w2, module.w2_scale = rows_of_integers(pool, (c.n_routed_experts, d, i), integer)
+                module.w13, module.w2 = nn.Parameter(w13, False), nn.Parameter(w2, False)
+                continue
             shapes = {"w1": (i, d), "w2": (d, i), "w3": (i, d)}
             module.pack([{name: expert(pool, *s) for name, s in shapes.items()} for _ in range(c.n_routed_experts)])
             continue
@@ -134,14 +154,17 @@ def dense_bytes(module: nn.Module) -> int:
 class Geometry:
     """The model, and its bytes by part."""
 
-    def __init__(self, gib: float, layers: int, experts: int | None) -> None:
+    def __init__(self, gib: float, layers: int, experts: int | None, weights: str) -> None:
         self.flash = ModelConfig.preset("v4-flash").with_mtp(0)
         ratios = tuple((0, 4, 128)[i % 3] for i in range(layers))
         config = dataclasses.replace(
             self.flash, num_hidden_layers=layers, compress_ratios=ratios, num_hash_layers=min(1, layers)
         )
         d, i = config.hidden_size, config.moe_intermediate_size
-        self.expert_bytes = 3 * (d * i // 2 + d * i // 32)
+        by_row = 4 * (2 * i + d)
+        self.expert_bytes = {
+            "official": 3 * (d * i // 2 + d * i // 32), "w8a8": 3 * d * i + by_row, "w4a8": 3 * d * i // 2 + by_row,
+        }[weights]  # fmt: skip
         if experts is None:
             dense = 2 * config.vocab_size * d + layers * 200e6  # the head, and what a layer's rest takes at most
             experts = min(self.flash.n_routed_experts, int((gib * 2**30 - dense) / layers / self.expert_bytes))
@@ -150,10 +173,14 @@ class Geometry:
         self.config = dataclasses.replace(config, n_routed_experts=experts)
         with torch.device("meta"):
             self.model = Transformer(self.config)
-        fill(self.model, Pool())
+        fill(self.model, Pool(), weights)
         self.model.eval()
-        self.layer_bytes = {r: dense_bytes(b) for r, b in zip(ratios, self.model.layers, strict=True)}
+        self.layer_bytes = {r: self._dense(b) for r, b in zip(ratios, self.model.layers, strict=True)}
         self.head_bytes = dense_bytes(self.model.head) + dense_bytes(self.model.hc_head)
+
+    @staticmethod
+    def _dense(block: Any) -> int:
+        return dense_bytes(block) - dense_bytes(block.ffn.experts)
 
     def step_bytes(self, batch: int) -> float:
         """Weights that a decode step reads once: for more than one sequence the expected number, routing being even."""
@@ -267,6 +294,7 @@ def _host(text: str) -> tuple[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", choices=("official", "w8a8", "w4a8"), default="official")
     parser.add_argument("--gib", type=float, default=8.0, help="weights to make, GiB (default %(default)s)")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, help="experts a layer (default: what fits)")
@@ -287,7 +315,7 @@ def main() -> None:
                "python": platform.python_version(), "kernels": native.describe()}  # fmt: skip
     print(f"$ {' '.join(sys.argv)}\n{machine}", flush=True)
     begin = time.perf_counter()
-    geometry = Geometry(args.gib, args.layers, args.experts)
+    geometry = Geometry(args.gib, args.layers, args.experts, args.weights)
     geometry.model.multiply_in(getattr(torch, args.dtype))
     print(f"weights made in {time.perf_counter() - begin:.0f} s", flush=True)
     result = measure(geometry, args.steps, args.rounds)
@@ -295,8 +323,8 @@ def main() -> None:
     show(geometry, result)
     if args.json is not None:
         c = geometry.config
-        record = {"command": sys.argv, "machine": machine, "dtype": args.dtype, "layers": list(c.compress_ratios),
-                  "experts": c.n_routed_experts, "bars": BARS, **result}  # fmt: skip
+        record = {"command": sys.argv, "machine": machine, "weights": args.weights, "dtype": args.dtype,
+                  "layers": list(c.compress_ratios), "experts": c.n_routed_experts, "bars": BARS, **result}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Upwell against transformers on the same weights, in one run: prefill, decode, training, peak memory.
 
-    python benchmarks/vs_transformers.py [--quick] [--json OUT] [--only prefill|decode|train] [--bf16]
+    python benchmarks/vs_transformers.py [--quick] [--json OUT] [--only prefill|decode|train] [--bf16 | --w8a8]
 
 Six layers [0, 4, 128, 4, 128, 4], hidden 256, 16.6 M parameters, FP32, 2 threads. Transformers runs in its best
 configuration: malloc tuned (both sides), chunked prefill where that is faster, the faster of its expert paths, logits
@@ -9,6 +9,10 @@ run takes minutes; --quick leaves out 8,192 tokens, 16k and full batches of trai
 
 --bf16 compares inference in BF16: weights that BF16 holds exactly on both sides, Upwell's products of BF16 operands,
 and transformers in the fastest of FP32, FP32 with torch's "medium" precision, and BF16.
+
+--w8a8 does the same with weights that lie on INT8's steps wherever `upwell convert --to w8a8` has integers: Upwell
+multiplies these by inputs rounded to INT8, and the rest in BF16; transformers has the same values, in the fastest of
+the three.
 """
 
 from __future__ import annotations
@@ -72,18 +76,60 @@ def build() -> tuple[Any, Any]:
     return theirs, ours
 
 
-def both_in_bf16(ours: Any, theirs: Any) -> dict[str, tuple[Any, str]]:
-    """Round both models' matrices to what BF16 holds; transformers' precisions to choose from."""
+def round_to_bf16(*models: Any) -> None:
+    """Round matrices to what BF16 holds."""
+    import torch
+
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(parameter.bfloat16())
+
+
+def precisions_of(theirs: Any) -> dict[str, tuple[Any, str]]:
+    """Transformers' precisions to choose from."""
     import copy
 
     import torch
 
-    with torch.no_grad():
-        for parameter in [*ours.parameters(), *theirs.parameters()]:
-            if parameter.dim() > 1:
-                parameter.copy_(parameter.bfloat16())
     half = copy.deepcopy(theirs).to(torch.bfloat16)
     return {"float32": (theirs, "highest"), "float32 by medium": (theirs, "medium"), "bfloat16": (half, "medium")}
+
+
+def onto_int8_steps(ours: Any, theirs: Any) -> Callable[[], None]:
+    """Round what `upwell convert --to w8a8` makes integers to the values of such integers, on both sides; what is
+    returned then gives ours the integers themselves."""
+    import torch
+
+    from upwell.checkpoint.names import hf_name
+    from upwell.checkpoint.recipes import integer_format
+    from upwell.formats.int8 import dequantize_int8, quantize_int8
+    from upwell.model.layers import Linear
+    from upwell.model.moe import Experts
+
+    state, made = theirs.state_dict(), []
+    for path, module in ours.named_modules():
+        if isinstance(module, Experts):
+            leaves = ["w13", "w2"]
+        elif isinstance(module, Linear) and integer_format(f"{path}.weight", "w8a8", "upwell") == "int8":
+            leaves = ["weight"]
+        else:
+            continue
+        for leaf in leaves:
+            weight = getattr(module, leaf)
+            codes, scale = quantize_int8(weight)
+            made.append((module, leaf, codes, scale))
+            with torch.no_grad():
+                weight.copy_(dequantize_int8(codes, scale))
+                state[hf_name(f"{path}.{leaf}")].copy_(weight)
+
+    def integers() -> None:
+        for module, leaf, codes, scale in made:
+            setattr(module, leaf, torch.nn.Parameter(codes, requires_grad=False))
+            setattr(module, "scale" if leaf == "weight" else f"{leaf}_scale", scale)
+
+    return integers
 
 
 class Ours:
@@ -361,7 +407,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter decodes")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", choices=("prefill", "decode", "train"))
-    parser.add_argument("--bf16", action="store_true", help="inference in BF16, each side in its fastest way")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--bf16", action="store_true", help="inference in BF16, each side in its fastest way")
+    formats.add_argument("--w8a8", action="store_true", help="the same with INT8 where `upwell convert` has it")
     parser.add_argument("--save", type=Path, metavar="DIR", help="only write our model there, with nano's tokenizer")
     parser.add_argument("--wider", type=int, default=1, metavar="N", help="with --save: N times as wide")
     parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
@@ -385,17 +433,23 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
     theirs_model, ours_model = build()
-    precisions = both_in_bf16(ours_model, theirs_model) if args.bf16 else None
+    narrow = args.bf16 or args.w8a8
+    if narrow:
+        round_to_bf16(ours_model, theirs_model)
+    integers = onto_int8_steps(ours_model, theirs_model) if args.w8a8 else None
+    precisions = precisions_of(theirs_model) if narrow else None
     ours, theirs = Ours(ours_model), Theirs(theirs_model, precisions)
     parameters = sum(p.numel() for p in ours_model.parameters())
     machine = {"cpu": cpu_name(), "threads": THREADS, "torch": torch.__version__,
                "transformers": transformers.__version__, "python": platform.python_version(),
                "kernels": native.describe()}  # fmt: skip
     print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, "
-          f"{'BF16' if args.bf16 else 'FP32'}", flush=True)  # fmt: skip
+          f"{'W8A8' if args.w8a8 else 'BF16' if narrow else 'FP32'}", flush=True)  # fmt: skip
     ids = torch.randint(0, GEOMETRY["vocab_size"], (8, 16384), generator=torch.Generator().manual_seed(1))
     print(f"logits agree to {check(ours, theirs, ids[:1, :1024])}", flush=True)
-    if args.bf16:
+    if integers is not None:
+        integers()
+    if narrow:
         ours_model.multiply_in(torch.bfloat16)
     report, rounds, budget = Report(), 3 if args.quick else 7, 5.0 if args.quick else 25.0
     extra: dict[str, Any] = {}
@@ -411,7 +465,7 @@ def main() -> None:
                 lambda part=part: ours.prefill(part), lambda part=part: theirs.prefill(part), rounds, budget
             )
             report.add(f"prefill {n}", n, *times)
-    if args.only in (None, "prefill") and not (args.quick or args.bf16):
+    if args.only in (None, "prefill") and not (args.quick or narrow):
         extra = alone("--long-prefill") | alone("--prefill-memory")
         growth = extra["per_token_16k_s"] / extra["per_token_1k_s"]
         above = extra["peak_above_start_bytes"] / 2**20
@@ -427,7 +481,7 @@ def main() -> None:
             )
             times = interleave(ours.decode(context, steps), theirs.decode(context, steps), rounds, budget)
             report.add(f"decode x{batch}", batch * steps, *times)
-    if args.only in (None, "train") and not args.bf16:
+    if args.only in (None, "train") and not narrow:
         batch = 1 if args.quick else 8
         batch_ids = ids[:batch, :512]
         run_theirs = training(theirs, batch_ids)

@@ -55,8 +55,8 @@ const Choice* current = best();
 
 // weight [rows, cols] in panels, `together` columns at a time: out [ceil(rows / kPanel), ceil(cols / together), kPanel,
 // together]; what is missing is zero. By blocks of columns, so that reads and writes stay in L1.
-template <int together, class T, class F>
-void pack(const float* weight, int64_t rows, int64_t cols, T* out, F convert) {
+template <int together, class W, class T, class F>
+void pack(const W* weight, int64_t rows, int64_t cols, T* out, F convert) {
   constexpr int64_t kColumns = 64;
   const int64_t padded = (cols + together - 1) / together * together;
   for (int64_t first = 0; first < rows; first += kPanel, out += kPanel * padded)
@@ -101,6 +101,11 @@ void upwell_pack(const float* weight, int64_t rows, int64_t cols, float* out) {
 // The same in BF16, rounded to nearest even, two columns at a time: out [ceil(rows / kPanel), ceil(cols / 2), kPanel, 2].
 void upwell_pack_pairs(const float* weight, int64_t rows, int64_t cols, uint16_t* out) {
   upwell::pack<2>(weight, rows, cols, out, upwell::round_to_bf16);
+}
+
+// INT8 weights, four columns at a time: out [ceil(rows / kPanel), ceil(cols / 4), kPanel, 4].
+void upwell_pack_quads(const int8_t* weight, int64_t rows, int64_t cols, int8_t* out) {
+  upwell::pack<4>(weight, rows, cols, out, [](int8_t x) { return x; });
 }
 
 // Bytes of the structs as they were built: Python's mirror of them (ops/native.py) must agree.

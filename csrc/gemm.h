@@ -114,8 +114,29 @@ struct Fetch {
   int64_t stride;
 };
 
+// Weights as multiply_add takes them, and how its sums are added up.
+INLINE Vec weights_of(Vec panel) { return panel; }
+INLINE VecI weights_of(VecI panel) { return panel; }
+template <class T>
+INLINE Vec join_sums(Vec a, Vec b) {
+  if constexpr (kOfIntegers<T>) return reinterpret_cast<Vec>(reinterpret_cast<VecI>(a) + reinterpret_cast<VecI>(b));
+  else return a + b;
+}
+#if UPWELL_INTEGER_DOTS
+#if defined(__aarch64__)
+constexpr uint32_t kAdded = 0;
+#else
+constexpr uint32_t kAdded = 128;  // to a weight: VNNI multiplies unsigned bytes by signed ones
+#endif
+INLINE VecQ weights_of(VecQ panel) { return panel ^ kAdded * 0x01010101; }
+INLINE Vec multiply_add(Vec sums, VecQ x, VecQ w) {  // sums of integers
+  return reinterpret_cast<Vec>(dot_bytes(reinterpret_cast<VecI>(sums), x, w));
+}
+#endif
+
 // MR input rows times kTile weight rows, b [n, LDB]: lanes along the weight rows. U steps at once where MR alone leaves
-// the multipliers waiting for their own results. T: float, or int32_t for pairs of BF16 (pairs.h).
+// the multipliers waiting for their own results. T: float, int32_t for pairs of BF16 (pairs.h), or uint32_t for four
+// integers (integers.h).
 template <int MR, int LDB, int U, class T>
 INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, Vec (&out0)[MR], Vec (&out1)[MR]) {
   Vec acc0[U][MR] = {}, acc1[U][MR] = {};
@@ -138,28 +159,34 @@ INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fet
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
         __builtin_prefetch(at + u * fetch.stride, 0, 2), __builtin_prefetch(at + u * fetch.stride + 64, 0, 2);
-        const Lanes<T> b0 = load(b + u * LDB), b1 = load(b + u * LDB + kLanes);
+        const Lanes<T> b0 = weights_of(load(b + u * LDB)), b1 = weights_of(load(b + u * LDB + kLanes));
         UPWELL_STEPS
       }
   if (U > 1)
     for (; k < n; ++k, b += LDB, ++x0, ++x4, ++x8) {
       constexpr int u = 0;
-      const Lanes<T> b0 = load(b), b1 = load(b + kLanes);
+      const Lanes<T> b0 = weights_of(load(b)), b1 = weights_of(load(b + kLanes));
       UPWELL_STEPS
     }
 #undef UPWELL_STEPS
 #undef UPWELL_STEP
   for (int r = 0; r < MR; ++r) {
-    for (int u = 1; u < U; ++u) acc0[0][r] += acc0[u][r], acc1[0][r] += acc1[u][r];
+    for (int u = 1; u < U; ++u) acc0[0][r] = join_sums<T>(acc0[0][r], acc0[u][r]), acc1[0][r] = join_sums<T>(acc1[0][r], acc1[u][r]);
     out0[r] = acc0[0][r], out1[r] = acc1[0][r];
   }
 }
 
-template <int MR, int LDB, class T>
-static void tile_rows(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, float* out, int64_t ldo, int width) {
+struct AsSummed {  // what becomes of the sums of an input row and a tile
+  void operator()(int64_t, Vec&, Vec&) const {}
+};
+
+template <int MR, int LDB, class T, class Finish>
+static void tile_rows(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, float* out, int64_t ldo, int width,
+                      int64_t row, const Finish& finish) {
   Vec v0[MR], v1[MR];
   tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, fetch, v0, v1);
   for (int r = 0; r < MR; ++r) {
+    finish(row + r, v0[r], v1[r]);
     float* o = out + r * ldo;
     if (width == kTile) {
       store(o, v0[r]);
@@ -204,36 +231,37 @@ static void pack_tile(const Matrix& m, int64_t first, int width, float* tile, fl
 
 // t input rows times kTile weight rows, cut into row tiles of even heights. next: the panel that is multiplied after
 // this one (null: the one behind it); it comes from memory while later row tiles read this one from the cache.
-template <int LDB, class T>
+template <int LDB, class T, class Finish = AsSummed>
 static void times_tile(const T* x, int64_t ldx, int64_t t, const T* tile, int64_t n, const void* next, float* out,
-                       int64_t ldo, int width) {
+                       int64_t ldo, int width, const Finish& finish = {}) {
   const int64_t tiles = (t + kRowTile - 1) / kRowTile, step = LDB * sizeof(T), near = kPanelAhead / LDB, left = max64(0, n - near);
   const auto *here = reinterpret_cast<const char*>(tile), *there = next ? static_cast<const char*>(next) : here + n * step;
-  for (int64_t i = 0; i < tiles; ++i) {
+  for (int64_t i = 0, row = 0; i < tiles; ++i) {
     const int64_t rows = t / tiles + (i < t % tiles);
     Fetch fetch{here + near * step, left, there, step};  // of the next one only its beginning
     if (i > 0) fetch = {there, 0, there + (near + left * (i - 1) / (tiles - 1)) * step, (step + tiles - 2) / (tiles - 1)};
     switch (rows) {
 #define UPWELL_ROWS(r)                                                                             \
   case r:                                                                                          \
-    if constexpr (r <= kRowTile) tile_rows<r, LDB>(x, ldx, tile, n, fetch, out, ldo, width);       \
+    if constexpr (r <= kRowTile) tile_rows<r, LDB>(x, ldx, tile, n, fetch, out, ldo, width, row, finish); \
     break;
       UPWELL_ROWS(1) UPWELL_ROWS(2) UPWELL_ROWS(3) UPWELL_ROWS(4) UPWELL_ROWS(5) UPWELL_ROWS(6)
       UPWELL_ROWS(7) UPWELL_ROWS(8) UPWELL_ROWS(9) UPWELL_ROWS(10) UPWELL_ROWS(11) UPWELL_ROWS(12)
 #undef UPWELL_ROWS
     }
-    x += rows * ldx, out += rows * ldo;
+    x += rows * ldx, out += rows * ldo, row += rows;
   }
 }
 
 // The panel of a weight row, null where the weight isn't in panels.
 static const void* panel_of(const Matrix& m, int64_t row) {
-  const int64_t steps = m.format == kPairs ? (m.cols + 1) / 2 : m.cols;
-  if (m.format != kPanels && m.format != kPairs) return nullptr;
+  if (m.format != kPanels && m.format != kPairs && m.format != kQuads) return nullptr;
+  const int64_t together = m.format == kQuads ? 4 : m.format == kPairs ? 2 : 1, steps = (m.cols + together - 1) / together;
   return static_cast<const float*>(m.data) + row / kPanel * kPanel * steps + row % kPanel;
 }
 
 #include "pairs.h"
+#include "integers.h"
 
 struct Job {  // out [t, m.rows] = x [t, m.cols] m^T
   Matrix m;
@@ -257,6 +285,10 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
   if (inputs && (job.m.format == kPairs || (rounds && is_packed(job.m) && rounds_rows(t)))) {
     auto* pairs = reinterpret_cast<int32_t*>(tile);
     pair_product(job.m, first, width, x, job.ldx, t, out, job.ldo, pairs, buffer, *inputs, phase, next);
+    return;
+  }
+  if (is_integer(job.m)) {
+    integer_product(job.m, first, width, x, job.ldx, t, out, job.ldo, tile, buffer, *inputs, phase, next);
     return;
   }
   if (job.m.format == kPanels) {

@@ -361,7 +361,8 @@ struct LayerPass {
     if (a.format == kPairs) bytes = 4 * ((a.cols + 1) / 2);
     if (a.format == kPanels || a.format == kPairs)
       first = first / rows * ((rows + kPanel - 1) / kPanel * kPanel);  // a group starts a panel
-    const uint8_t* scale = a.scale;  // FP8 groups begin on a block of 128 rows, or Python decodes the matrix
+    // FP8 groups begin on a block of 128 rows, or Python decodes the matrix, as it does integers in groups.
+    const uint8_t* scale = a.scale;
     if (a.format == kFP8) scale += first / 128 * ((a.cols + 127) / 128);
     if (a.format == kFP4) scale += first * (a.cols / 32);
     return {static_cast<const char*>(a.data) + first * bytes, scale, rows, a.cols, a.format};

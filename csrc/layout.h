@@ -4,13 +4,15 @@
 
 namespace upwell {
 
-enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3, kPanels = 4, kPairs = 5 };
+enum Format : int64_t { kF32 = 0, kBF16 = 1, kFP8 = 2, kFP4 = 3, kPanels = 4, kPairs = 5, kInt8 = 6, kInt4 = 7, kQuads = 8 };
 
 constexpr int kPanel = 32;
 
 // [rows, cols], row-major; FP8 and FP4 with UE8M0 scales as in upwell/formats. kPanels: FP32, each kPanel rows
 // interleaved as [cols, kPanel], missing rows zero (upwell_pack). kPairs: BF16, the same but for two columns at a time,
-// [ceil(cols / 2), kPanel, 2] (upwell_pack_pairs); their products round the inputs to BF16, too.
+// [ceil(cols / 2), kPanel, 2] (upwell_pack_pairs); their products round the inputs to BF16, too. kInt8, kInt4: `scale` holds
+// FP32, one a row, and inputs are rounded to INT8 (integers.h). kQuads: kInt8 as [ceil(cols / 4), kPanel, 4]
+// (upwell_pack_quads), with scales for whole panels.
 struct Matrix {
   const void* data;
   const uint8_t* scale;
@@ -18,6 +20,8 @@ struct Matrix {
 };
 
 inline bool is_packed(const Matrix& m) { return m.format == kBF16 || m.format == kFP8 || m.format == kFP4; }
+
+inline bool is_integer(const Matrix& m) { return m.format == kInt8 || m.format == kInt4 || m.format == kQuads; }
 
 // x in BF16, to nearest even.
 inline uint16_t round_to_bf16(float x) {

@@ -83,6 +83,8 @@ struct Inputs {
 };
 
 static void lay_out_pairs(Inputs& in, const float* x, int64_t ldx);  // pairs.h
+template <int64_t F>
+static void lay_out_integers(Inputs& in, const float* x, int64_t ldx);  // integers.h
 
 // f(Packed<F>{}) for a packed format F.
 template <int64_t F>
@@ -137,9 +139,6 @@ INLINE Vec lane_scales(const uint8_t* scale, int lift) {
   return reinterpret_cast<Vec>(((word & 255) + lift) << 23);
 }
 
-#ifndef UPWELL_BYTE_DOTS
-#define UPWELL_BYTE_DOTS 0
-#endif
 #if UPWELL_BYTE_DOTS
 #include "packed_bytes.h"
 #endif
@@ -230,6 +229,8 @@ static void prepare(Inputs& in, int64_t format, Meets meets, const float* x, int
   if (in.x == x && in.t == t && in.n == n && in.phase == phase && in.kind == kind) return;
   in.x = x, in.t = t, in.n = n, in.phase = phase, in.kind = kind;
   if (format == kPairs) lay_out_pairs(in, x, ldx);
+  else if (format == kInt8) lay_out_integers<kInt8>(in, x, ldx);
+  else if (format == kInt4) lay_out_integers<kInt4>(in, x, ldx);
 #if UPWELL_BF16_DOTS
   else if (meets == Meets::kPairs) of_format(format, [&](auto f) { lay_out_paired<f.format>(in, x, ldx); });
 #endif

@@ -9,8 +9,9 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
   int64_t step = t;
   // Rows that a thread has laid out serve all tiles, then come the next.
-  const bool packed = is_packed(jobs[0].m), laid_out = packed || jobs[0].m.format == kPairs;
-  if (laid_out) step = min64(step, packed ? rows_at_once(jobs[0].m, b.inputs.rounds) : kPairRows);
+  const Matrix& a = jobs[0].m;
+  const bool packed = is_packed(a), laid_out = packed || is_integer(a) || a.format == kPairs;
+  if (laid_out) step = min64(step, packed ? rows_at_once(a, b.inputs.rounds) : is_integer(a) ? integer_rows(a.cols) : kPairRows);
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.

@@ -4,10 +4,19 @@
 #ifndef UPWELL_BF16_DOTS
 #define UPWELL_BF16_DOTS 0
 #endif
+#ifndef UPWELL_BYTE_DOTS
+#define UPWELL_BYTE_DOTS 0
+#endif
+#if defined(UPWELL_VNNI) || (UPWELL_BYTE_DOTS && defined(__aarch64__))
+#define UPWELL_INTEGER_DOTS 1  // of bytes, exact in 32 bits (integers.h)
+#else
+#define UPWELL_INTEGER_DOTS 0
+#endif
 
 constexpr int kLanes = VECTOR_BYTES / 4;
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t VecQ __attribute__((vector_size(VECTOR_BYTES)));  // four bytes a lane
 typedef float VecU __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t Half16 __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias));
@@ -15,6 +24,7 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), 
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 INLINE VecI load(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
+INLINE VecQ load(const uint32_t* p) { return reinterpret_cast<VecQ>(load(reinterpret_cast<const float*>(p))); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 template <class T>
 using Lanes = decltype(load(static_cast<const T*>(nullptr)));
@@ -45,10 +55,25 @@ INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
   return acc + reinterpret_cast<Vec>(x & int32_t(0xffff0000)) * reinterpret_cast<Vec>(w & int32_t(0xffff0000));
 #endif
 }
+#if UPWELL_INTEGER_DOTS
+// Of lanes that hold four bytes each, w's as `added_to` has them: their products, summed in lanes of 32-bit integers.
+INLINE VecI dot_bytes(VecI sums, VecQ x, VecQ w) {
+#if defined(__aarch64__)
+  return VecI(vdotq_s32(int32x4_t(sums), vreinterpretq_s8_u32(uint32x4_t(x)), vreinterpretq_s8_u32(uint32x4_t(w))));
+#else
+  return reinterpret_cast<VecI>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+#endif
+}
+#endif
 template <class T>  // float, or int32_t: pairs
 constexpr bool kOfPairs = false;
 template <>
 constexpr bool kOfPairs<int32_t> = true;
+template <class T>  // uint32_t: four integers
+constexpr bool kOfIntegers = false;
+template <>
+constexpr bool kOfIntegers<uint32_t> = true;
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec zero() { return Vec{}; }
 INLINE Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
@@ -94,7 +119,8 @@ INLINE float sum_lanes(Vec v) {
 }
 
 // The lane sums of a, b, c, d, into out[0..3]: a transposition that adds, cheaper than four sum_lanes.
-INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float* out) {
+template <class V, class T>  // Vec and float, or VecI and int32_t
+INLINE void sum_four(V a, V b, V c, V d, T* out) {
 #if VECTOR_BYTES == 64
 #define UPWELL_LOW32 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
 #define UPWELL_HIGH32 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
@@ -111,17 +137,17 @@ INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float* out) {
 #define UPWELL_LOW64 0, 1, 4, 5
 #define UPWELL_HIGH64 2, 3, 6, 7
 #endif
-  const Vec ab = __builtin_shufflevector(a, b, UPWELL_LOW32) + __builtin_shufflevector(a, b, UPWELL_HIGH32);
-  const Vec cd = __builtin_shufflevector(c, d, UPWELL_LOW32) + __builtin_shufflevector(c, d, UPWELL_HIGH32);
-  const Vec s = __builtin_shufflevector(ab, cd, UPWELL_LOW64) + __builtin_shufflevector(ab, cd, UPWELL_HIGH64);
+  const V ab = __builtin_shufflevector(a, b, UPWELL_LOW32) + __builtin_shufflevector(a, b, UPWELL_HIGH32);
+  const V cd = __builtin_shufflevector(c, d, UPWELL_LOW32) + __builtin_shufflevector(c, d, UPWELL_HIGH32);
+  const V s = __builtin_shufflevector(ab, cd, UPWELL_LOW64) + __builtin_shufflevector(ab, cd, UPWELL_HIGH64);
 #undef UPWELL_LOW32
 #undef UPWELL_HIGH32
 #undef UPWELL_LOW64
 #undef UPWELL_HIGH64
-  typedef float V4 __attribute__((vector_size(16)));
-  typedef float V4U __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef T V4 __attribute__((vector_size(16)));
+  typedef T V4U __attribute__((vector_size(16), aligned(4), may_alias));
 #if VECTOR_BYTES == 64
-  typedef float V8 __attribute__((vector_size(32)));
+  typedef T V8 __attribute__((vector_size(32)));
   const V8 half = __builtin_shufflevector(s, s, 0, 1, 2, 3, 4, 5, 6, 7) +
                   __builtin_shufflevector(s, s, 8, 9, 10, 11, 12, 13, 14, 15);
   const V4 sums = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);

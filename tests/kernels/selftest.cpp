@@ -162,6 +162,45 @@ void check_pairs(int64_t rows, int64_t cols, int64_t t) {
   expect_product(out, w.dense, x, rows, cols, t, "product of pairs");
 }
 
+// Integer weights times inputs that are whole steps: exact up to the last multiplications.
+void check_integers(int64_t format, int64_t rows, int64_t cols, int64_t t) {
+  const int64_t quads = (cols + 3) / 4, bytes = (cols + 1) / 2, panels = (rows + kPanel - 1) / kPanel;
+  const bool small = format == kInt4;
+  std::vector<int8_t> data(size_t(format == kQuads ? panels * quads * kPanel * 4 : small ? rows * bytes : rows * cols));
+  std::vector<float> scale(size_t(panels * kPanel)), x(size_t(t * cols));
+  Weight w;
+  for (int64_t r = 0; r < rows; ++r) {
+    scale[size_t(r)] = float(0.001 + 0.01 * uniform());
+    for (int64_t c = 0; c < cols; ++c) {
+      const int code = small ? int(uniform() * 16) - 8 : int(uniform() * 256) - 128;
+      if (format == kQuads) data[size_t((r / kPanel * quads * kPanel + c / 4 * kPanel + r % kPanel) * 4 + c % 4)] = int8_t(code);
+      else if (small) data[size_t(r * bytes + c / 2)] = int8_t(data[size_t(r * bytes + c / 2)] | (code & 15) << (c % 2 * 4));
+      else data[size_t(r * cols + c)] = int8_t(code);
+      w.dense.push_back(code);
+    }
+  }
+  w.m = {data.data(), reinterpret_cast<const uint8_t*>(scale.data()), rows, cols, format};
+  for (int64_t c = 0; c < t; ++c) {
+    const float step = std::ldexp(1.0f, int(uniform() * 40) - 20);
+    for (int64_t k = 0; k < cols; ++k) x[size_t(c * cols + k)] = step * float(k ? int(uniform() * 255) - 127 : 127);
+  }
+  const auto out = product(w, x, t);
+  for (int64_t c = 0; c < t; ++c)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0;
+      for (int64_t k = 0; k < cols; ++k) sum += w.dense[size_t(r * cols + k)] * x[size_t(c * cols + k)];
+      sum *= scale[size_t(r)];
+      expect(std::fabs(out[size_t(c * rows + r)] - sum) <= 2e-7 * std::fabs(sum), "integer product", out[size_t(c * rows + r)], sum);
+    }
+  for (const float special : {INFINITY, NAN, 0.0f}) {
+    for (int64_t k = 0; k < cols; ++k) x[size_t(k)] = special;
+    const auto got = product(w, x, t);
+    for (int64_t r = 0; r < rows; ++r)
+      expect(special == 0 ? got[size_t(r)] == 0 : std::isnan(got[size_t(r)]), "integers times a special", got[size_t(r)], special);
+    for (int64_t i = rows; i < t * rows; ++i) expect(got[size_t(i)] == out[size_t(i)], "the rows beside it", got[size_t(i)], out[size_t(i)]);
+  }
+}
+
 void check_specials(int64_t format) {
   Weight w = random_weight(format, 5, 160, 120, 130);
   std::vector<float> x(160, 1.0f);
@@ -301,6 +340,8 @@ int main(int count, char** arguments) {
       if (format != kF32) check_product(format, 1 + t % 37, format == kFP4 ? 32 * (1 + t % 37) : 200 + 31 * t, t, 1, 110, 130, true);
   }
   for (int64_t t : {1, 2, 3, 5, 8, 13, 140}) check_pairs(1 + t * 3 % 97, 30 + t, t);
+  for (int64_t format : {kInt8, kInt4, kQuads})
+    for (int64_t t : {1, 2, 5, 6, 7, 13, 130}) check_integers(format, 1 + t * 3 % 97, 100 + 2 * t + (format != kInt4), t);
   for (int heads : {1, 3, 4, 5, kLanes})
     if (heads <= kLanes) check_attention(heads, 20 + 4 * heads, 8, 5 + 11 * heads);
   check_attention(kLanes, 512, 64, 130);

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from upwell.config import BLOCK_TOKENS
 from upwell.devices import dtype_on
+from upwell.formats.int4 import unpack_int4
 from upwell.model.cache import KVCache, LayerCache, Step
 from upwell.model.offload import GUESSED_TOKENS, Callbacks
 from upwell.ops import experts_native, native
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # tokens a call takes through all layers: what its activations need stays in cache
 _version = attrgetter("_version")
-_PACKED_BYTES = 2 << 30  # FP32 models up to this size are packed, that is held a second time as the kernels read them
+_PACKED_BYTES = 2 << 30  # FP32 weights up to this size are packed, that is held a second time as the kernels read them
+_PACKED_INTEGERS = 512 << 20  # and INT8 ones
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _DECODED_BYTES = 128 << 20  # packed models up to this size in FP32 are held so, too, for calls of many tokens
 _ARENA = 1 << 23  # floats
 _SEQUENCE = 5  # words of a Sequence
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
+_PANELS = {native.PANELS, native.PAIRS, native.QUADS}
 
 
 class _Unsupported(Exception):
@@ -98,10 +100,13 @@ class Plan:
 
 class _Builder:
     """Collects the addresses of a model's tensors. `pack`: whether FP32 matrices are copied into panels; `decode`:
-    whether others are, decoded; `rounds`: panels are BF16's."""
+    whether others are, decoded; `rounds`: panels are BF16's; `quads`: whether integers are, None: no, else those that
+    are there already, by address."""
 
-    def __init__(self, pack: bool, rounds: bool, decode: bool = False) -> None:
-        self.pack, self.rounds, self.decode = pack, rounds, decode
+    def __init__(
+        self, pack: bool, rounds: bool, quads: dict[int, native.Matrix] | None, decode: bool = False
+    ) -> None:
+        self.pack, self.rounds, self.quads, self.decode = pack, rounds, quads, decode
         self.kept: list[Any] = []
         self.formats: set[int] = set()
         self.weights = 0  # of the matrices
@@ -129,27 +134,36 @@ class _Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
+    def room(self, words: int) -> int:
+        """The address of so many words of 32 bits."""
+        if self.used + words > self.arena.numel():
+            self.arena, self.used = untouched((max(_ARENA, words),)), 0
+            self.kept.append(self.arena)
+        at = self.arena.data_ptr() + 4 * self.used
+        self.used += -(-words // 16) * 16
+        return at
+
     def panels(self, weight: Tensor, groups: int, exact: bool = False) -> native.Matrix:
         """Each group's rows packed for the kernels (csrc/layout.h). exact: as FP32 in any case."""
         rows, cols = weight.shape[0] // groups, weight.shape[1]
         pairs = self.rounds and not exact
         size = -(-rows // native.PANEL) * native.PANEL * (-(-cols // 2) if pairs else cols)
-        if self.used + groups * size > self.arena.numel():
-            self.arena, self.used = untouched((max(_ARENA, groups * size),)), 0
-            self.kept.append(self.arena)
-        at = self.arena.data_ptr() + 4 * self.used
+        at = self.room(groups * size)
         lib = native.library()
         assert lib is not None
         pack = lib.upwell_pack_pairs if pairs else lib.upwell_pack
         for group in range(groups):
             pack(weight[group * rows :].data_ptr(), rows, cols, at + 4 * group * size)
-        self.used += -(-groups * size // 16) * 16
         return native.Matrix(at, None, groups * rows, cols, native.PAIRS if pairs else native.PANELS)
 
     def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1, exact: bool = False) -> native.Matrix:
-        if self.decode:
-            weight = dense_weight(weight, scale, torch.float32).contiguous()
-        if self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
+        of_integers = scale is not None and scale.is_floating_point()
+        by_row = of_integers and scale is not None and scale.dtype == torch.float32
+        if not by_row and (self.decode or (of_integers and self.quads is not None)):
+            weight, scale = dense_weight(weight, scale, torch.float32).contiguous(), None
+        if by_row and scale is not None:
+            made = self.integers(weight, scale)
+        elif self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
             made = self.panels(weight, groups, exact)
         else:
             made = self.raw(weight, scale)
@@ -157,16 +171,32 @@ class _Builder:
         self.weights += made.rows * made.cols
         return made
 
+    def integers(self, weight: Tensor, scale: Tensor) -> native.Matrix:
+        """INT8 [out, in] or packed INT4 [out, in/2] with a scale a row."""
+        kind, is_int4 = native.format_of(weight, scale), weight.dtype == torch.uint8
+        rows, cols = weight.shape[0], weight.shape[1] * (2 if is_int4 else 1)
+        if kind is None or cols > native.MOST_COLUMNS or not weight.is_contiguous() or weight.device.type != "cpu":
+            raise _Unsupported("integers")
+        if self.quads is None:
+            return native.Matrix(self.address(weight), self.address(scale.contiguous()), rows, cols, kind)
+        made = self.quads.get(weight.data_ptr())
+        if made is None:
+            at = self.room(-(-rows // native.PANEL) * native.PANEL * -(-cols // 4))
+            native.pack_quads(unpack_int4(weight) if is_int4 else weight, at)
+            scales = self.address(nn.functional.pad(scale, (0, -rows % native.PANEL)))
+            made = self.quads[weight.data_ptr()] = native.Matrix(at, scales, rows, cols, native.QUADS)
+        return made
+
     def raw(self, weight: Tensor, scale: Tensor | None) -> native.Matrix:
-        if weight.dtype not in _FORMATS or not weight.is_contiguous() or weight.device.type != "cpu":
+        kind = native.format_of(weight, scale)
+        if kind is None or not weight.is_contiguous() or weight.device.type != "cpu":
             raise _Unsupported(str(weight.dtype))
-        kind = _FORMATS[weight.dtype]
         rows, cols = weight.shape
         if kind == 3:
             cols *= 2
         at = None
         if kind >= 2:
-            if scale is None or scale.is_floating_point() or (kind == 3 and cols % 32):  # INT4
+            if scale is None or (kind == 3 and cols % 32):
                 raise _Unsupported("scale")
             at = self.address(scale.contiguous())
         return native.Matrix(self.address(weight), at, rows, cols, kind)
@@ -176,7 +206,8 @@ class _Builder:
             raise _Unsupported("quantize_input")
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
-        if weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 and groups > 1:
+        odd = weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 != 0
+        if groups > 1 and (odd or (scale is not None and scale.is_floating_point())):
             dense = dense_weight(weight, scale, torch.float32)
             return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
@@ -210,9 +241,14 @@ class _Builder:
                 matrices += [self.matrix(*expert[name]) for name in ("w1", "w3", "w2")]
         else:
             w13, w2 = self.watch(routed, "w13", True), self.watch(routed, "w2", True)
-            inter = w2.shape[2]
-            for e in range(w13.shape[0]):
-                matrices += [self.matrix(part, None) for part in (w13[e, :inter], w13[e, inter:], w2[e])]
+            inter = w13.shape[1] // 2
+            parts = [(w[:inter], w[inter:], down) for w, down in zip(w13, w2, strict=True)]
+            scales: Iterable[tuple[Tensor | None, ...]] = repeat((None, None, None))
+            if routed.w13_scale is not None:
+                s13, s2 = self.watch(routed, "w13_scale", True), self.watch(routed, "w2_scale", True)
+                scales = [(s[:inter], s[inter:], down) for s, down in zip(s13, s2, strict=True)]
+            for expert, its_scales in zip(parts, scales, strict=False):
+                matrices += map(self.matrix, expert, its_scales)
         shared = moe.shared_experts
         matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
         stored = (native.Matrix * len(matrices))(*matrices)
@@ -288,8 +324,9 @@ def plan(model: Transformer, step: Step | None = None, heads: bool = False) -> P
 
 
 def _dense_bytes(block: Any) -> int:
-    """Of one layer's weights that every token goes through, in FP32."""
-    return sum(4 * p.numel() for part in (block.attn, block.ffn.shared_experts) for p in part.parameters())
+    """Of one layer's weights that every token goes through, in FP32, or INT8 where they are integers."""
+    parts = [p for part in (block.attn, block.ffn.shared_experts) for p in part.parameters()]
+    return sum(p.numel() * (1 if p.dtype == torch.int8 else 4) for p in parts)
 
 
 def _make(model: Transformer) -> Plan | None:
@@ -303,7 +340,9 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     rounds = model.products == torch.bfloat16
-    build = _Builder(sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES, rounds)
+    integers = sum(p.numel() for p in model.parameters() if p.dtype in (torch.int8, torch.uint8))
+    pack = sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES
+    build = _Builder(pack, rounds, {} if integers <= _PACKED_INTEGERS else None)
     blocks: list[Any] = list(model.layers)
     dense = max(_dense_bytes(block) for block in blocks)
     shape = native.Model(
@@ -322,7 +361,7 @@ def _make(model: Transformer) -> Plan | None:
         head, *mtp_heads = (build.head(shape, owner, out) for owner in (model, *model.mtp))
     except _Unsupported:
         return None
-    are_panels = build.formats <= {native.PANELS, native.PAIRS}
+    are_panels = build.formats <= _PANELS
     shape.by_tokens = int(not is_part and are_panels and dense <= _CACHED_BYTES)
     watches = _Watch(build.watched[:count]), _Watch(build.watched[count:])
     callbacks = []
@@ -332,7 +371,7 @@ def _make(model: Transformer) -> Plan | None:
         callbacks += [Callbacks(model.pages, [table], i) for i, table in enumerate(tables[n:], n)]
     made = Plan(shape, layers, mtp, head, mtp_heads, build.kept, *watches, callbacks)
     if not (is_part or callbacks or are_panels) and 4 * build.weights <= _DECODED_BYTES:
-        wide, of_many = _Builder(True, rounds, decode=True), native.Model.from_buffer_copy(shape)
+        wide, of_many = _Builder(True, rounds, build.quads, decode=True), native.Model.from_buffer_copy(shape)
         made.decoded = (
             pointer(of_many), (native.Layer * len(blocks))(*(wide.layer(block) for block in blocks)),
             [(native.Layer * 1)(wide.layer(block)) for block in model.mtp],  # type: ignore[arg-type]

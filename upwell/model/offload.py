@@ -123,25 +123,33 @@ class Callbacks:
 class HostExperts:
     """A layer's routed experts in host memory while the layer is on another device: activations go there and back.
 
-    `experts` is the module that holds them; packed ones are computed by the CPU kernels, which take FP32.
+    `experts` is the module that holds them; packed ones and integers are computed by the CPU kernels, which take FP32.
     """
 
     def __init__(self, experts: Experts) -> None:
         self.experts = experts
         hidden, inter = experts.hidden, experts.inter
         self._kernels: experts_native.Mixture | None = None
+        self._kept: list[Tensor] = []  # what the kernels read
+        self._callbacks: Callbacks | None = None
+        if experts.w13_scale is not None and experts.w2_scale is not None:
+            self._kept = [t.contiguous() for t in (experts.w13, experts.w13_scale, experts.w2, experts.w2_scale)]
+            self._matrices = experts_native.integers(*self._kept)
+            if self._matrices is not None:
+                self._kernels = experts_native.Mixture(experts.n, hidden, inter, experts.limit)
+            return
         kind = experts.packed_kind
         if kind is None or experts.quantize_input or not experts_native.fits(kind, hidden, inter):
             return
         self._kernels = experts_native.Mixture(experts.n, hidden, inter, experts.limit)
         self._matrices = experts_native.table(kind, experts.n, hidden, inter)
-        self._callbacks = None
         if experts.paged is not None:
             self._callbacks = Callbacks(experts.paged.pages, [self._matrices], experts.paged.index)
             return
         assert experts.packed is not None
-        self._kept = [[t.contiguous() for leaf in experts_native.LEAVES for t in e[leaf]] for e in experts.packed]
-        for e, tensors in enumerate(self._kept):
+        for e, expert in enumerate(experts.packed):
+            tensors = [t.contiguous() for leaf in experts_native.LEAVES for t in expert[leaf]]
+            self._kept += tensors
             experts_native.point(self._matrices, e, tuple(t.data_ptr() for t in tensors))  # type: ignore[arg-type]
 
     def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

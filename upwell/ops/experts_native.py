@@ -17,7 +17,6 @@ from torch import Tensor
 from upwell.ops import native
 
 LEAVES = ("w1", "w3", "w2")  # an expert's matrices, as the kernels have them
-_FORMATS = {torch.float8_e4m3fn: 2, torch.uint8: 3}
 
 Places = tuple[int, int, int, int, int, int]
 """Addresses of weight and scale of w1, w3, w2."""
@@ -26,7 +25,7 @@ Places = tuple[int, int, int, int, int, int]
 def table(kind: torch.dtype, count: int, hidden: int, inter: int) -> Any:
     """Matrices of `count` experts, FP8 or FP4, that point nowhere yet: an array of native.Matrix."""
     shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
-    matrices = (native.Matrix(None, None, *shape, _FORMATS[kind]) for _ in range(count) for shape in shapes)
+    matrices = (native.Matrix(None, None, *shape, native.FORMATS[kind]) for _ in range(count) for shape in shapes)
     return (native.Matrix * (3 * count))(*matrices)
 
 
@@ -34,6 +33,22 @@ def fits(kind: torch.dtype, hidden: int, inter: int) -> bool:
     """The kernels take these weights."""
     groups = kind == torch.float8_e4m3fn or (kind == torch.uint8 and hidden % 32 == 0 and inter % 32 == 0)
     return groups and native.library() is not None
+
+
+def integers(w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor) -> Any | None:
+    """Matrices of INT8 or INT4 weights as ops.moe.integer_experts takes them, which have to stay where they are; None
+    where the kernels don't take them: by groups."""
+    kind, inter = native.format_of(w13, s13), w13.shape[1] // 2
+    if kind is None or native.library() is None or max(w2.shape[1], inter) > native.MOST_COLUMNS:
+        return None
+    hidden, matrices = w2.shape[1], []
+    for up, up_scale, down, down_scale in zip(w13, s13, w2, s2, strict=True):
+        for weight, scale, shape in (
+            (up[:inter], up_scale[:inter], (inter, hidden)), (up[inter:], up_scale[inter:], (inter, hidden)),
+            (down, down_scale, (hidden, inter)),
+        ):  # fmt: skip
+            matrices.append(native.Matrix(weight.data_ptr(), scale.data_ptr(), *shape, kind))
+    return (native.Matrix * len(matrices))(*matrices)
 
 
 def point(matrices: Any, expert: int, places: Places) -> None:

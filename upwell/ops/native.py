@@ -113,7 +113,7 @@ class HeadCall(ctypes.Structure):
 
 
 PANEL = 32  # rows of a packed weight that lie interleaved (csrc/layout.h)
-PANELS, PAIRS = 4, 5  # formats of such weights: FP32, and BF16 by pairs of columns
+PANELS, PAIRS, QUADS = 4, 5, 8  # formats of such weights: FP32, BF16 by pairs of columns, INT8 by four
 
 
 class ProductCall(ctypes.Structure):
@@ -146,6 +146,7 @@ def _loaded() -> ctypes.CDLL | None:
     lib.upwell_head.argtypes, lib.upwell_head.restype = [c_void_p], None
     lib.upwell_pack.argtypes, lib.upwell_pack.restype = [c_void_p, c_int64, c_int64, c_void_p], None
     lib.upwell_pack_pairs.argtypes, lib.upwell_pack_pairs.restype = [c_void_p, c_int64, c_int64, c_void_p], None
+    lib.upwell_pack_quads.argtypes, lib.upwell_pack_quads.restype = [c_void_p, c_int64, c_int64, c_void_p], None
     lib.upwell_set_threads.argtypes = [c_int]
     lib.upwell_product.argtypes, lib.upwell_product.restype = [c_void_p], None
     lib.upwell_product_workspace_bytes.argtypes = [c_int64, c_int]
@@ -193,7 +194,17 @@ def library() -> ctypes.CDLL | None:
     return _loaded()
 
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 6}
+INT4 = 7  # the format of packed bytes whose scales are FP32, one a row
+MOST_COLUMNS = 1 << 16  # of an integer weight: sums of so many products of bytes stay in 32 bits
+
+
+def format_of(weight: torch.Tensor, scale: torch.Tensor | None) -> int | None:
+    """The format of a weight as it lies (csrc/layout.h); None where the kernels have none: INT4 by groups, others."""
+    if scale is not None and scale.is_floating_point():
+        by_row = scale.dtype == torch.float32
+        return {torch.int8: FORMATS[torch.int8], torch.uint8: INT4}.get(weight.dtype) if by_row else None
+    return None if weight.dtype == torch.int8 else FORMATS.get(weight.dtype)
 
 
 def pairs(weight: torch.Tensor) -> torch.Tensor:
@@ -206,14 +217,32 @@ def pairs(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def pack_quads(weight: torch.Tensor, at: int) -> None:
+    """A contiguous INT8 weight [out, in] in panels, to an address (csrc/layout.h, kQuads)."""
+    lib = library()
+    assert lib is not None and weight.is_contiguous() and weight.dtype == torch.int8
+    lib.upwell_pack_quads(weight.data_ptr(), *weight.shape, at)
+
+
+def quads(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A contiguous INT8 weight [out, in] and its scale [out] in panels, as `product` takes them with `out`: INT32
+    [words], and FP32, one a row of whole panels."""
+    rows, cols = weight.shape
+    packed = torch.empty(-(-rows // PANEL) * PANEL * (-(-cols // 4)), dtype=torch.int32)
+    pack_quads(weight, packed.data_ptr())
+    return packed, torch.nn.functional.pad(scale, (0, -rows % PANEL))
+
+
 def product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, out_features: int | None = None,
     rounds: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear) -> [T, out] FP32.
+    """x [T, in] FP32 times a contiguous CPU weight [out, in] of any format (see ops.linear.linear; INT4 by row only)
+    -> [T, out] FP32.
 
-    With `out_features`, weight is what `pairs` made, and x is rounded to BF16, too. With `rounds`, x is rounded beside
-    packed weights where that is faster: where `bf16_dots`, on aarch64 from six rows on.
+    With `out_features`, weight is what `pairs` made, and x is rounded to BF16, too, or with a scale what `quads` made.
+    With `rounds`, x is rounded beside packed weights where that is faster: where `bf16_dots`, on aarch64 from six rows
+    on.
     """
     lib = library()
     assert lib is not None and weight.is_contiguous() and x.dtype == torch.float32
@@ -221,8 +250,9 @@ def product(
     x, out, threads = x.contiguous(), torch.empty(x.shape[0], rows), torch.get_num_threads()
     scale = None if scale is None else scale.contiguous()
     workspace = torch.empty(lib.upwell_product_workspace_bytes(cols, threads) // 4)
-    at = None if scale is None else scale.data_ptr()
-    matrix = Matrix(weight.data_ptr(), at, rows, cols, FORMATS[weight.dtype] if out_features is None else PAIRS)
+    kind = format_of(weight, scale) if out_features is None else PAIRS if scale is None else QUADS
+    assert kind is not None
+    matrix = Matrix(weight.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, kind)
     lib.upwell_set_threads(threads)
     call = ProductCall(matrix, x.data_ptr(), x.shape[0], out.data_ptr(), workspace.data_ptr(), int(rounds))
     lib.upwell_product(ctypes.addressof(call))

@@ -1,0 +1,222 @@
+// Integer weights with an FP32 scale a row: INT8 (W8A8) and INT4 (W4A8). An input row becomes INT8 in steps of its own
+// (amax / 127), products of bytes are summed exactly in 32 bits, then both scales multiply the sum: what Ascend's cube
+// does, and ops.linear.int8_linear in FP32. Instruction sets without dot products of bytes multiply the same integers in
+// FP32. A row with an inf or NaN comes to NaN.
+
+struct RoundedRow {  // before a row's bytes (or, without dot products of bytes, floats)
+  float step;
+  int32_t sum;  // of its integers
+};
+constexpr int64_t kHead = 64;  // bytes
+
+// The rows that a thread lays out at once: of bytes, three quarters of a MiB; of floats, what their room holds.
+INLINE int64_t integer_rows(int64_t cols) {
+  return UPWELL_INTEGER_DOTS ? max64(16, min64(kPairRows, (3 << 18) / cols)) : kPackedRows;
+}
+
+typedef int8_t EighthBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+// A vector of x [n] from i on as integers, what is beyond as zeros: adding 1.5 * 2^23 rounds to a whole number, which the
+// low bits then hold.
+INLINE VecI whole_numbers(const float* x, int64_t i, int64_t n, float up) {
+  return reinterpret_cast<VecI>(load_at(x, i, n) * up + 12582912.0f) - 0x4b400000;
+}
+
+// x [t, n] into in.space. F: kInt8, bytes in their order; kInt4, of each 2 * VECTOR_BYTES columns the even ones first.
+template <int64_t F>
+static void lay_out_integers(Inputs& in, const float* x, int64_t ldx) {
+  constexpr int64_t chunk = (F == kInt4 ? 2 : 1) * VECTOR_BYTES;
+  const int64_t n = in.n, padded = (n + chunk - 1) / chunk * chunk;
+  in.row_bytes = kHead + (UPWELL_INTEGER_DOTS ? padded : 4 * (n + kLanes));
+  in.fits = true;
+  for (int64_t c = 0; c < in.t; ++c, x += ldx) {
+    VecI most{};
+    for (int64_t i = 0; i < n; i += kLanes) {  // magnitudes are in order as integers, inf and NaN above all
+      const VecI bits = reinterpret_cast<VecI>(load_at(x, i, n)) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    int32_t top = 0;
+    for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+    float amax;
+    __builtin_memcpy(&amax, &top, 4);
+    const bool finite = top < 0x7f800000;
+    amax = amax < 1e-30f ? 1e-30f : amax;
+    char* row = in.space + c * in.row_bytes;
+    auto* head = reinterpret_cast<RoundedRow*>(row);
+    head->step = finite ? amax / 127 : __builtin_nanf("");
+    const float up = finite ? 127 / amax : 0.0f;
+    VecI sum{};
+    auto* bytes = reinterpret_cast<int8_t*>(row + kHead);
+#if UPWELL_INTEGER_DOTS
+    for (int64_t i = 0; i < padded; i += chunk) {
+      alignas(64) int8_t wholes[chunk] = {};
+      int8_t* out = F == kInt4 ? wholes : bytes + i;
+      for (int64_t k = 0; k < chunk; k += kLanes) {
+        const VecI whole = i + k < n && finite ? whole_numbers(x, i + k, n, up) : VecI{};
+        sum += whole;
+        *reinterpret_cast<EighthBytes*>(out + k) = __builtin_convertvector(whole, EighthBytes);
+      }
+      if (F == kInt4)
+        for (int64_t k = 0; k < chunk / 2; ++k) bytes[i + k] = wholes[2 * k], bytes[i + chunk / 2 + k] = wholes[2 * k + 1];
+    }
+#else
+    auto* out = reinterpret_cast<float*>(bytes);
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(out + i, finite ? __builtin_convertvector(whole_numbers(x, i, n, up), Vec) : zero());
+#endif
+    int32_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    head->sum = total;
+  }
+}
+
+#if UPWELL_INTEGER_DOTS
+// What VNNI adds to an INT4 weight; see kAdded.
+constexpr uint32_t kAddedToInt4 = kAdded / 16;
+
+// sums [4][C] of four weight rows, w [steps * VECTOR_BYTES] each, times C input rows. F: kInt8, or kInt4: two a byte.
+// ahead: bytes from the weights to what is fetched.
+template <int64_t F, int C>
+INLINE void integer_steps(const uint8_t* const (&w)[4], int64_t steps, int64_t ahead, const char* x, int64_t row_bytes,
+                          VecI (&sums)[4][C]) {
+  constexpr int P = F == kInt4 ? 2 : 1;
+  const char* x3 = x + 3 * row_bytes;
+  const int64_t l1 = row_bytes, l2 = 2 * row_bytes;
+  for (int64_t at = 0; at < steps * VECTOR_BYTES; at += VECTOR_BYTES) {
+#pragma GCC unroll 2
+    for (int part = 0; part < P; ++part, x += VECTOR_BYTES, x3 += VECTOR_BYTES) {
+      VecQ rows[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        if (part == 0) __builtin_prefetch(w[r] + at + ahead, 0, 2);
+        const VecQ codes = reinterpret_cast<VecQ>(load_words(w[r] + at));
+        if constexpr (F == kInt8) {
+          rows[r] = weights_of(codes);
+        } else {
+#if defined(__aarch64__)
+          const int8x16_t low = vreinterpretq_s8_u32(uint32x4_t(part ? codes : codes << 4));  // its low nibbles are cut off
+          rows[r] = VecQ(vreinterpretq_u32_s8(vshrq_n_s8(low, 4)));
+#else
+          rows[r] = ((part ? codes >> 4 : codes) & 0x0f0f0f0f) ^ kAddedToInt4 * 0x01010101;
+#endif
+        }
+        rows[r] = reinterpret_cast<VecQ>(held(reinterpret_cast<VecI>(rows[r])));
+      }
+#define UPWELL_STEP(c, at)                                                                         \
+  if constexpr (C > (c)) {                                                                         \
+    const VecQ v = reinterpret_cast<VecQ>(held(load_words(at)));                                   \
+    for (int r = 0; r < 4; ++r) sums[r][(c) % C] = dot_bytes(sums[r][(c) % C], v, rows[r]);        \
+  }
+      UPWELL_STEP(0, x) UPWELL_STEP(1, x + l1) UPWELL_STEP(2, x + l2)
+      UPWELL_STEP(3, x3) UPWELL_STEP(4, x3 + l1) UPWELL_STEP(5, x3 + l2)
+#undef UPWELL_STEP
+    }
+  }
+}
+
+// Four weight rows from w on (fewer: `rows`) times input rows [c0, c0 + C).
+template <int64_t F, int C>
+static void integer_tile(const uint8_t* w, int rows, int64_t ahead, const float* scale, const Inputs& in, int64_t c0,
+                         float* out, int64_t ldo) {
+  const int64_t bytes = F == kInt4 ? (in.n + 1) / 2 : in.n, steps = bytes / VECTOR_BYTES, left = bytes % VECTOR_BYTES;
+  const char* x = in.row<char>(c0) + kHead;
+  const uint8_t* at[4];
+  for (int r = 0; r < 4; ++r) at[r] = w + (r < rows ? r : rows - 1) * bytes;
+  VecI sums[4][C] = {};
+  integer_steps<F, C>(at, steps, ahead, x, in.row_bytes, sums);
+  if (left) {  // a row's end may be the tensor's
+    alignas(64) uint8_t padded[4][VECTOR_BYTES] = {};
+    for (int r = 0; r < 4; ++r) __builtin_memcpy(padded[r], at[r] + steps * VECTOR_BYTES, size_t(left)), at[r] = padded[r];
+    integer_steps<F, C>(at, 1, 0, x + steps * (F == kInt4 ? 2 : 1) * VECTOR_BYTES, in.row_bytes, sums);
+  }
+  typedef int32_t FourInts __attribute__((vector_size(16)));
+  typedef float Four __attribute__((vector_size(16)));
+  Four scales{};
+  __builtin_memcpy(&scales, scale, sizeof(float) * size_t(rows));
+  for (int c = 0; c < C; ++c) {
+    FourInts four;
+    sum_four(sums[0][c], sums[1][c], sums[2][c], sums[3][c], reinterpret_cast<int32_t*>(&four));
+    const auto& head = *in.row<RoundedRow>(c0 + c);
+    const Four products = __builtin_convertvector(four - int32_t(F == kInt4 ? kAddedToInt4 : kAdded) * head.sum, Four) * head.step * scales;
+    if (rows == 4) __builtin_memcpy(out + c * ldo, &products, sizeof products);
+    else __builtin_memcpy(out + c * ldo, &products, sizeof(float) * size_t(rows));
+  }
+}
+
+template <int64_t F>
+static void integer_rows_product(const Matrix& m, int64_t first, int width, const Inputs& in, float* out, int64_t ldo) {
+  const int64_t bytes = F == kInt4 ? (m.cols + 1) / 2 : m.cols;
+  const auto* w = static_cast<const uint8_t*>(m.data) + first * bytes;
+  const auto* scale = reinterpret_cast<const float*>(m.scale) + first;
+  const int64_t groups = (in.t + 5) / 6;
+  for (int r = 0; r < width; r += 4) {
+    const int rows = width - r < 4 ? width - r : 4;
+    for (int64_t g = 0, c = 0, end; g < groups; ++g, c = end) {
+      end = in.t * (g + 1) / groups;
+      float* o = out + c * ldo + r;
+      switch (end - c) {
+#define UPWELL_TILE(C)                                                                             \
+  case C:                                                                                          \
+    integer_tile<F, C>(w + r * bytes, rows, g == 0 ? 4 * bytes : 0, scale + r, in, c, o, ldo);     \
+    break;
+        UPWELL_TILE(1) UPWELL_TILE(2) UPWELL_TILE(3) UPWELL_TILE(4) UPWELL_TILE(5) UPWELL_TILE(6)
+#undef UPWELL_TILE
+      }
+    }
+  }
+}
+#else
+// Columns [0, cols) of weight row `row` as they are, in FP32.
+static void whole_row(const Matrix& m, int64_t row, float* out) {
+  const auto* codes = static_cast<const int8_t*>(m.data);
+  if (m.format == kQuads) {
+    const int64_t quads = (m.cols + 3) / 4;
+    codes += (row / kPanel * quads * kPanel + row % kPanel) * 4;
+    for (int64_t k = 0; k < m.cols; ++k) out[k] = codes[k / 4 * kPanel * 4 + k % 4];
+  } else if (m.format == kInt8) {
+    for (int64_t k = 0; k < m.cols; ++k) out[k] = codes[row * m.cols + k];
+  } else {
+    codes += row * ((m.cols + 1) / 2);
+    for (int64_t k = 0; k < m.cols; ++k) out[k] = int8_t(k % 2 ? codes[k / 2] : codes[k / 2] * 16) >> 4;
+  }
+}
+#endif
+
+// out [t, width] = x [t, cols] times weight rows [first, first + width). tile: [cols * kTile] scratch, buffer [4 cols].
+static void integer_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
+                            int64_t ldo, [[maybe_unused]] float* tile, [[maybe_unused]] float* buffer, Inputs& in, int phase,
+                            [[maybe_unused]] const void* next) {
+  const int64_t most = integer_rows(m.cols), format = m.format == kInt4 && UPWELL_INTEGER_DOTS ? kInt4 : kInt8;
+  const auto* scale = reinterpret_cast<const float*>(m.scale) + first;
+  for (int64_t i = 0; i < t; i += most, x += most * ldx, out += most * ldo) {
+    prepare(in, format, Meets::kBytes, x, ldx, min64(most, t - i), m.cols, phase);
+#if UPWELL_INTEGER_DOTS
+    if (m.format == kQuads) {
+      const Vec s0 = load(scale), s1 = load(scale + kLanes);
+      auto finish = [&](int64_t row, Vec& a, Vec& b) {
+        const auto& head = *in.row<RoundedRow>(row);
+        const VecI added = int32_t(kAdded) * head.sum - VecI{};
+        a = __builtin_convertvector(reinterpret_cast<VecI>(a) - added, Vec) * head.step * s0;
+        b = __builtin_convertvector(reinterpret_cast<VecI>(b) - added, Vec) * head.step * s1;
+      };
+      const auto* panel = static_cast<const uint32_t*>(panel_of(m, first));
+      times_tile<kPanel>(in.row<uint32_t>(0) + kHead / 4, in.row_bytes / 4, in.t, panel, (m.cols + 3) / 4, next, out, ldo, width, finish);
+    } else if (m.format == kInt8) {
+      integer_rows_product<kInt8>(m, first, width, in, out, ldo);
+    } else {
+      integer_rows_product<kInt4>(m, first, width, in, out, ldo);
+    }
+#else
+    const auto* rows = in.row<float>(0) + kHead / 4;
+    const int64_t ld = in.row_bytes / 4, n = m.cols;
+    if (i == 0)
+      for (int r = 0; r < kTile; ++r) {
+        if (r < width) whole_row(m, first + r, buffer);
+        for (int64_t k = 0; k < n; ++k) tile[k * kTile + r] = r < width ? buffer[k] : 0.0f;
+      }
+    times_tile<kTile>(rows, ld, in.t, tile, n, tile, out, ldo, width);
+    for (int64_t c = 0; c < in.t; ++c)
+      for (int r = 0; r < width; ++r) out[c * ldo + r] *= in.row<RoundedRow>(c)->step, out[c * ldo + r] *= scale[r];
+#endif
+  }
+}
