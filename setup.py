@@ -12,7 +12,7 @@ setup(
             depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
             extra_compile_args=[
                 "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
-                "-fvisibility-inlines-hidden",
+                "-fvisibility-inlines-hidden", "-fwrapv",
             ],
             language="c++",
             optional=True,

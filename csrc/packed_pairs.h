@@ -26,7 +26,8 @@ constexpr int bf16_of_fp8(int magnitude) {
 }
 struct alignas(64) PairTables {
   uint16_t fp4[32] = {};  // twice: the bit above a nibble doesn't matter
-  uint8_t fp4_high[16] = {}, fp4_low[16] = {}, fp8_high[128] = {}, fp8_low[128] = {};  // bytes
+  alignas(64) uint8_t fp8_high[128] = {}, fp8_low[128] = {};  // bytes
+  uint8_t fp4_high[16] = {}, fp4_low[16] = {};
   constexpr PairTables() {
     for (int i = 0; i < 32; ++i) fp4[i] = uint16_t(bf16_of_fp4(i & 15));
     for (int i = 0; i < 16; ++i) fp4_high[i] = uint8_t(bf16_of_fp4(i) >> 8), fp4_low[i] = uint8_t(bf16_of_fp4(i));

@@ -13,7 +13,7 @@ for tool in "$CXX" "$QEMU"; do
 done
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-flags="-std=c++17 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+flags="-std=c++17 -fwrapv -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 [ "${LIBRARY:-yes}" = no ] || "$CXX" $flags -O1 -fPIC -shared csrc/*.cpp -o "$out/_kernels.so"
 "$CXX" $flags -O3 -static -DVECTOR_BYTES=16 tests/kernels/selftest.cpp -o "$out/neon"
 flags="$flags -DUPWELL_BYTE_DOTS=1"
