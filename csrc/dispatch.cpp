@@ -83,6 +83,9 @@ int upwell_byte_dots() { return upwell::current->kernels->byte_dots; }
 // Whether it has dot products of BF16 (simd.h).
 int upwell_bf16_dots() { return upwell::current->kernels->bf16_dots; }
 
+// Whether it has dot products of bytes for integer weights (integers.h).
+int upwell_integer_dots() { return upwell::current->kernels->integer_dots; }
+
 // Forces one: 0, or -1 where this machine or build lacks it.
 int upwell_set_isa(const char* name) {
   for (const auto& c : upwell::choices)

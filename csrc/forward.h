@@ -65,4 +65,4 @@ static int64_t head_workspace_bytes(const Model& m, int64_t tokens, int threads)
 extern const Kernels kernels;
 const Kernels kernels{forward_body,    head_body,            product_body,            experts_body,
                       workspace_bytes, head_workspace_bytes, product_workspace_bytes, experts_workspace_bytes,
-                      UPWELL_BYTE_DOTS, UPWELL_BF16_DOTS};
+                      UPWELL_BYTE_DOTS, UPWELL_BF16_DOTS,    UPWELL_INTEGER_DOTS};

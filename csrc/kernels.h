@@ -24,6 +24,7 @@ struct Kernels {
   int64_t (*experts_workspace_bytes)(const Model&, int64_t tokens, int threads);
   bool byte_dots;  // FP4 by integer products of bytes (packed_bytes.h)
   bool bf16_dots;  // pairs of BF16 multiplied by the CPU (simd.h)
+  bool integer_dots;  // INT8 weights times INT8 inputs, too (integers.h)
 };
 
 namespace baseline { extern const Kernels kernels; }

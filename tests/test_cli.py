@@ -206,6 +206,12 @@ def test_doctor_says_what_is_here_and_what_is_missing(capsys: pytest.CaptureFixt
         device = found["devices"][name]
         assert device["usable"] == getattr(torch, name, torch.cuda).is_available() or device["missing"]
         assert device["usable"] or name in device["missing"]
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        flags = set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
+    if found["isa"] is not None and "UPWELL_KERNELS" not in os.environ:
+        has = {"bf16": {"avx512_bf16", "avx512vbmi"} <= flags or "bf16" in flags,
+               "int8": not flags.isdisjoint({"avx512_vnni", "asimddp"})}  # fmt: skip
+        assert found["dots"] == [kind for kind, here in has.items() if here]
     with open("/proc/meminfo", encoding="utf-8") as lines:
         assert found["memory"]["total"] == int(next(lines).split()[1]) * 1024
     assert cli.main(["doctor"]) == 0

@@ -37,11 +37,6 @@ def random_codes(layout: str, rows: int, cols: int, generator: torch.Generator) 
     return codes, torch.rand(rows, generator=generator) * 0.01 + 1e-4
 
 
-def sums_in_32_bits() -> bool:
-    """Not by FP32, as where bytes have no dot products."""
-    return native.library().upwell_isa().decode() in ("avx512vnni", "avx512bf16", "dotprod", "bf16")  # type: ignore[union-attr]
-
-
 @settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_products_of_whole_steps_are_exact(isa: str, data: st.DataObject) -> None:
@@ -88,7 +83,7 @@ def test_long_rows(isa: str, layout: str) -> None:
         want = (x.double() @ codes.double().T).float() * scale
         got = products(layout, x, codes, scale * (1 / x.abs().amax() * 127))
         size = (x.double().abs() @ codes.double().abs().T) * scale
-        assert torch.equal(got, want) if sums_in_32_bits() else ((got - want).abs() <= 1e-4 * size).all()
+        assert torch.equal(got, want) if native.integer_dots() else ((got - want).abs() <= 1e-4 * size).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,6 +17,10 @@ from upwell.errors import DeviceError
 from upwell.ops import native
 
 DEVICES = ("cpu", "cuda", "npu")
+DOTS = {
+    "bf16": "this CPU has dot products of BF16, faster than FP32's: use --dtype bfloat16",
+    "int8": "this CPU has dot products of INT8, faster than BF16's: upwell convert SRC DST --to w8a8",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -36,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"torch    {found['torch']}")
     print(f"cpu      {found['cpu']}, {found['cores']} cores for this process, {found['threads']} threads used")
     print(f"kernels  {found['kernels']}")
+    for kind in found["dots"]:
+        print(f"         {DOTS[kind]}")
     if memory is not None:
         print(f"memory   {memory['available'] / 2**30:.1f} GiB available of {memory['total'] / 2**30:.1f}")
     for name, device in found["devices"].items():
@@ -56,6 +62,7 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": native.describe(),
         "isa": None if lib is None else lib.upwell_isa().decode(),
+        "dots": [kind for kind, has in (("bf16", native.bf16_dots()), ("int8", native.integer_dots())) if has],
         "memory": _memory(),
         "devices": {name: _device(name) for name in DEVICES},
     }

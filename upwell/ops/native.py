@@ -302,6 +302,12 @@ def bf16_dots() -> bool:
     return lib is not None and bool(lib.upwell_bf16_dots())
 
 
+def integer_dots() -> bool:
+    """The kernels multiply INT8 by the CPU's own dot products, four times as fast as FP32."""
+    lib = library()
+    return lib is not None and bool(lib.upwell_integer_dots())
+
+
 def describe() -> str:
     """One line for --version and doctor."""
     lib = library()
