@@ -27,8 +27,8 @@ static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, c
   Bump own{base + shared};
   for (int i = 0; i <= thread; ++i) {
     take_own(own, b, m, entries);
-    own.take(b.tile, max64(m.index_dim, h * m.hidden) * kTile);
-    own.take(b.rows_buffer, 4 * h * m.hidden);
+    own.take(b.tile, max64(max64(m.index_dim, h * m.hidden), widest) * kTile);
+    own.take(b.rows_buffer, 4 * max64(h * m.hidden, widest));
     own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
     own.take(o.z, kBlock * (2 + h) * h);
     own.take(o.x, kBlock * m.hidden);

@@ -288,7 +288,7 @@ static void run_job(const Job& job, int64_t first, int width, int64_t t0, int64_
     return;
   }
   if (is_integer(job.m)) {
-    integer_product(job.m, first, width, x, job.ldx, t, out, job.ldo, tile, buffer, *inputs, phase, next);
+    integer_product(job.m, first, width, x, job.ldx, t, out, job.ldo, tile, *inputs, phase, next);
     return;
   }
   if (job.m.format == kPanels) {

@@ -166,26 +166,44 @@ static void integer_rows_product(const Matrix& m, int64_t first, int width, cons
   }
 }
 #else
-// Columns [0, cols) of weight row `row` as they are, in FP32.
+INLINE Vec whole(VecI v) { return __builtin_convertvector(v, Vec); }
+
+// kTile rows of a panel from row `first` on, as they are, in FP32: tile [cols, kTile].
+static void quads_tile(const Matrix& m, int64_t first, float* tile) {
+  const auto* panel = static_cast<const int32_t*>(panel_of(m, first));
+  for (int64_t k = 0; k < m.cols; k += 4, panel += kPanel, tile += 4 * kTile)
+    for (int half = 0; half < kTile; half += kLanes) {
+      const VecI four = load(panel + half);
+      for (int i = 0; i < 4 && k + i < m.cols; ++i) store(tile + i * kTile + half, whole(four << (24 - 8 * i) >> 24));
+    }
+}
+// A row that lies by itself, in FP32.
 static void whole_row(const Matrix& m, int64_t row, float* out) {
-  const auto* codes = static_cast<const int8_t*>(m.data);
-  if (m.format == kQuads) {
-    const int64_t quads = (m.cols + 3) / 4;
-    codes += (row / kPanel * quads * kPanel + row % kPanel) * 4;
-    for (int64_t k = 0; k < m.cols; ++k) out[k] = codes[k / 4 * kPanel * 4 + k % 4];
-  } else if (m.format == kInt8) {
-    for (int64_t k = 0; k < m.cols; ++k) out[k] = codes[row * m.cols + k];
-  } else {
-    codes += row * ((m.cols + 1) / 2);
-    for (int64_t k = 0; k < m.cols; ++k) out[k] = int8_t(k % 2 ? codes[k / 2] : codes[k / 2] * 16) >> 4;
+  typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  const int64_t n = m.cols, bytes = m.format == kInt4 ? (n + 1) / 2 : n;
+  const auto* codes = static_cast<const int8_t*>(m.data) + row * bytes;
+  for (int64_t i = 0; i < bytes; i += kLanes) {
+    Codes some{};
+    if (bytes - i >= kLanes) some = *reinterpret_cast<const Codes*>(codes + i);
+    else __builtin_memcpy(&some, codes + i, size_t(bytes - i));
+    const VecI v = __builtin_convertvector(some, VecI);
+    auto keep = [&](int64_t at, Vec values) {
+      if (at + kLanes <= n) store(out + at, values);
+      else if (at < n) store_part(out + at, values, int(n - at));
+    };
+    if (m.format == kInt8) {
+      keep(i, whole(v));
+    } else {
+      const Vec even = whole(v << 28 >> 28), odd = whole(v >> 4);
+      keep(2 * i, low_turns(even, odd)), keep(2 * i + kLanes, high_turns(even, odd));
+    }
   }
 }
 #endif
 
-// out [t, width] = x [t, cols] times weight rows [first, first + width). tile: [cols * kTile] scratch, buffer [4 cols].
+// out [t, width] = x [t, cols] times weight rows [first, first + width). tile: scratch for [cols, kTile].
 static void integer_product(const Matrix& m, int64_t first, int width, const float* x, int64_t ldx, int64_t t, float* out,
-                            int64_t ldo, [[maybe_unused]] float* tile, [[maybe_unused]] float* buffer, Inputs& in, int phase,
-                            [[maybe_unused]] const void* next) {
+                            int64_t ldo, [[maybe_unused]] float* tile, Inputs& in, int phase, [[maybe_unused]] const void* next) {
   const int64_t most = integer_rows(m.cols), format = m.format == kInt4 && UPWELL_INTEGER_DOTS ? kInt4 : kInt8;
   const auto* scale = reinterpret_cast<const float*>(m.scale) + first;
   for (int64_t i = 0; i < t; i += most, x += most * ldx, out += most * ldo) {
@@ -209,12 +227,19 @@ static void integer_product(const Matrix& m, int64_t first, int width, const flo
 #else
     const auto* rows = in.row<float>(0) + kHead / 4;
     const int64_t ld = in.row_bytes / 4, n = m.cols;
-    if (i == 0)
-      for (int r = 0; r < kTile; ++r) {
-        if (r < width) whole_row(m, first + r, buffer);
-        for (int64_t k = 0; k < n; ++k) tile[k * kTile + r] = r < width ? buffer[k] : 0.0f;
+    if (m.format == kQuads) {
+      if (i == 0) quads_tile(m, first, tile);
+      times_tile<kTile>(rows, ld, in.t, tile, n, tile, out, ldo, width);
+    } else {
+      for (int r = 0; r < width; r += 4) {
+        const int some = width - r < 4 ? width - r : 4;
+        const float* w[4];
+        for (int k = 0; k < some; ++k) w[k] = tile + k * n, whole_row(m, first + r + k, tile + k * n);
+        if (some == 4) dot_rows<4>(w, rows, ld, in.t, n, out + r, ldo);
+        else
+          for (int k = 0; k < some; ++k) dot_rows<1>(w + k, rows, ld, in.t, n, out + r + k, ldo);
       }
-    times_tile<kTile>(rows, ld, in.t, tile, n, tile, out, ldo, width);
+    }
     for (int64_t c = 0; c < in.t; ++c)
       for (int r = 0; r < width; ++r) out[c * ldo + r] *= in.row<RoundedRow>(c)->step, out[c * ldo + r] *= scale[r];
 #endif

@@ -1,6 +1,11 @@
 // A layer cut by weights: every phase's products are tiles of weight rows, which threads take. Serves few tokens
 // (decode), and weights that are packed or larger than the cache.
 
+// The most input rows that a thread lays out at once for a weight; INT64_MAX where they are read as they lie.
+INLINE int64_t rows_laid_out(const Matrix& m, bool rounds) {
+  return is_packed(m) ? rows_at_once(m, rounds) : is_integer(m) ? integer_rows(m.cols) : m.format == kPairs ? kPairRows : INT64_MAX;
+}
+
 // All jobs of a phase, cut into tiles of weight rows and, where tokens are many, of tokens.
 static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   int64_t tiles = 0;
@@ -9,9 +14,8 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
   for (int i = 0; i < count; ++i) t = max64(t, jobs[i].t);
   int64_t step = t;
   // Rows that a thread has laid out serve all tiles, then come the next.
-  const Matrix& a = jobs[0].m;
-  const bool packed = is_packed(a), laid_out = packed || is_integer(a) || a.format == kPairs;
-  if (laid_out) step = min64(step, packed ? rows_at_once(a, b.inputs.rounds) : is_integer(a) ? integer_rows(a.cols) : kPairRows);
+  for (int i = 0; i < count; ++i) step = min64(step, rows_laid_out(jobs[i].m, b.inputs.rounds));
+  const bool laid_out = rows_laid_out(jobs[0].m, b.inputs.rounds) < INT64_MAX;
   while (step > 96 && tiles * ((t + step - 1) / step) < 6 * w.team.size) step = (step / 2 + 11) / 12 * 12;
   const int64_t cuts = (t + step - 1) / step;
   // Few tokens: neighbouring tiles stay with a thread, which then fetches its own weights ahead across tiles.
@@ -237,23 +241,30 @@ struct ByWeights : LayerPass {
     const int64_t k = m.experts_per_token, E = m.experts;
     // Units: each active expert's tiles of hidden rows, then the shared expert's, cut by tokens where many.
     const int64_t tiles = (m.inter + kTile - 1) / kTile, shared_tiles = (m.shared_inter + kTile - 1) / kTile;
-    const bool packed = with_shared && is_packed(matrices[3 * E]);
-    const int64_t most = packed ? rows_at_once(matrices[3 * E], b.inputs.rounds) : 96;
-    const int64_t cut = T > (packed ? most : 2 * most) ? most : T, cuts = with_shared ? (T + cut - 1) / cut : 0;
+    // Rows that are laid out serve all tiles, then come the next: of w1 and w3, and of w2.
+    auto most_rows = [&](int64_t e) {
+      return min64(rows_laid_out(matrices[3 * e], b.inputs.rounds), rows_laid_out(matrices[3 * e + 2], b.inputs.rounds));
+    };
+    const int64_t laid_out = with_shared ? most_rows(E) : T;
+    const int64_t cut = laid_out < INT64_MAX ? min64(T, laid_out) : T > 192 ? 96 : T;
+    const int64_t cuts = with_shared ? (T + cut - 1) / cut : 0, own_cut = min64(most_rows(chosen[0]), T * k);
+    int64_t largest = 1;
+    for (int64_t i = 0; i < active; ++i) largest = max64(largest, b.group_start[chosen[i] + 1] - b.group_start[chosen[i]]);
+    const int64_t own_cuts = (largest + own_cut - 1) / own_cut;
     struct Part {  // a tile of an expert's rows (e == E: the shared one's), and the input rows it is multiplied with
       int64_t e, first, r0, r1;
     };
     auto part_of = [&](int64_t u, int64_t own_tiles, int64_t shared_tiles) {
       const int64_t v = u - shared_tiles * cuts, r0 = u / shared_tiles * cut;
       if (v < 0) return Part{E, u % shared_tiles * kTile, r0, min64(r0 + cut, T)};  // first, as these are the largest
-      const int64_t e = chosen[v / own_tiles];
-      return Part{e, v % own_tiles * kTile, b.group_start[e], b.group_start[e + 1]};
+      const int64_t e = chosen[v / own_tiles / own_cuts], from = b.group_start[e] + v / own_tiles % own_cuts * own_cut;
+      return Part{e, v % own_tiles * kTile, min64(from, b.group_start[e + 1]), min64(from + own_cut, b.group_start[e + 1])};
     };
     auto multiply = [&](const Matrix& a, const float* x, float* out, const Part& p, const void* next) {
       run_job({a, x, a.cols, p.r1, out, a.rows}, p.first, int(min64(a.rows - p.first, kTile)), p.r0, p.r1, b.tile,
               b.rows_buffer, &b.inputs, w.phase, next);
     };
-    const int64_t units = active * tiles + shared_tiles * cuts;
+    const int64_t units = active * own_cuts * tiles + shared_tiles * cuts;
     w.units(units, [&](int64_t u) {
       const Part p = part_of(u, tiles, shared_tiles), then = part_of(min64(u + w.team.size, units - 1), tiles, shared_tiles);
       if (p.r0 == p.r1) return;
@@ -268,7 +279,7 @@ struct ByWeights : LayerPass {
       for (int64_t r = p.r0; r < p.r1; ++r) swiglu(hidden + r * inter + p.first, up + r * inter + p.first, width);
     });
     w.barrier();
-    const int64_t out_tiles = (m.hidden + kTile - 1) / kTile, out_units = (active + cuts) * out_tiles;
+    const int64_t out_tiles = (m.hidden + kTile - 1) / kTile, out_units = (active * own_cuts + cuts) * out_tiles;
     w.units(out_units, [&](int64_t u) {
       const Part p = part_of(u, out_tiles, out_tiles), then = part_of(min64(u + w.team.size, out_units - 1), out_tiles, out_tiles);
       if (p.r0 == p.r1) return;

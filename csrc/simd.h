@@ -56,7 +56,7 @@ INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
 #endif
 }
 #if UPWELL_INTEGER_DOTS
-// Of lanes that hold four bytes each, w's as `added_to` has them: their products, summed in lanes of 32-bit integers.
+// Of lanes that hold four bytes each, w's as `weights_of` has them (gemm.h): their products, summed in lanes of 32-bit integers.
 INLINE VecI dot_bytes(VecI sums, VecQ x, VecQ w) {
 #if defined(__aarch64__)
   return VecI(vdotq_s32(int32x4_t(sums), vreinterpretq_s8_u32(uint32x4_t(x)), vreinterpretq_s8_u32(uint32x4_t(w))));

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 CHUNK = 512  # tokens a call takes through all layers: what its activations need stays in cache
 _version = attrgetter("_version")
 _PACKED_BYTES = 2 << 30  # FP32 weights up to this size are packed, that is held a second time as the kernels read them
-_PACKED_INTEGERS = 512 << 20  # and INT8 ones
+_PACKED_INTEGERS = 512 << 20  # and so many integers: INT8, or FP32 where INT4 by groups is decoded
+_A_BYTE = {torch.int8: 1, torch.uint8: 2}  # integers that a byte holds
 _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's shared cache
 _DECODED_BYTES = 128 << 20  # packed models up to this size in FP32 are held so, too, for calls of many tokens
 _ARENA = 1 << 23  # floats
@@ -157,19 +158,20 @@ class _Builder:
         return native.Matrix(at, None, groups * rows, cols, native.PAIRS if pairs else native.PANELS)
 
     def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1, exact: bool = False) -> native.Matrix:
-        of_integers = scale is not None and scale.is_floating_point()
-        by_row = of_integers and scale is not None and scale.dtype == torch.float32
-        if not by_row and (self.decode or (of_integers and self.quads is not None)):
-            weight, scale = dense_weight(weight, scale, torch.float32).contiguous(), None
-        if by_row and scale is not None:
-            made = self.integers(weight, scale)
-        elif self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
-            made = self.panels(weight, groups, exact)
-        else:
-            made = self.raw(weight, scale)
+        made = self.laid_out(weight, scale, groups, exact)
         self.formats.add(made.format)
         self.weights += made.rows * made.cols
         return made
+
+    def laid_out(self, weight: Tensor, scale: Tensor | None, groups: int, exact: bool) -> native.Matrix:
+        of_integers = scale is not None and scale.is_floating_point()
+        if scale is not None and native.by_row(weight, scale):
+            return self.integers(weight, scale)
+        if self.decode or (of_integers and self.quads is not None):
+            weight, scale = dense_weight(weight, scale, torch.float32).contiguous(), None
+        if self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
+            return self.panels(weight, groups, exact)
+        return self.raw(weight, scale)
 
     def integers(self, weight: Tensor, scale: Tensor) -> native.Matrix:
         """INT8 [out, in] or packed INT4 [out, in/2] with a scale a row."""
@@ -178,12 +180,12 @@ class _Builder:
         if kind is None or cols > native.MOST_COLUMNS or not weight.is_contiguous() or weight.device.type != "cpu":
             raise _Unsupported("integers")
         if self.quads is None:
-            return native.Matrix(self.address(weight), self.address(scale.contiguous()), rows, cols, kind)
+            return native.Matrix(self.address(weight), self.address(scale.float().contiguous()), rows, cols, kind)
         made = self.quads.get(weight.data_ptr())
         if made is None:
             at = self.room(-(-rows // native.PANEL) * native.PANEL * -(-cols // 4))
             native.pack_quads(unpack_int4(weight) if is_int4 else weight, at)
-            scales = self.address(nn.functional.pad(scale, (0, -rows % native.PANEL)))
+            scales = self.address(nn.functional.pad(scale.float(), (0, -rows % native.PANEL)))
             made = self.quads[weight.data_ptr()] = native.Matrix(at, scales, rows, cols, native.QUADS)
         return made
 
@@ -206,11 +208,18 @@ class _Builder:
             raise _Unsupported("quantize_input")
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
-        odd = weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128 != 0
-        if groups > 1 and (odd or (scale is not None and scale.is_floating_point())):
+        if groups > 1 and weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128:
             dense = dense_weight(weight, scale, torch.float32)
             return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
+
+    def grouped(self, module: nn.Module, groups: int) -> native.Matrix:
+        """Group by group. What multiplies wo_a is never rounded, so integers are decoded."""
+        scale = module._buffers.get("scale")
+        if scale is None or not scale.is_floating_point():
+            return self.linear(module, groups)
+        dense = dense_weight(self.watch(module, "weight", True), self.watch(module, "scale", True), torch.float32)
+        return self.matrix(dense, None, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
         fn = self.raw(self.watch(module, "fn", False), None)
@@ -272,7 +281,7 @@ class _Builder:
         out.sink = self.vector(attn, "attn_sink")
         for name in ("wq_a", "wq_b", "wkv", "wo_b"):
             setattr(out, name, self.linear(getattr(attn, name)))
-        out.wo_a = self.linear(attn.wo_a, attn.groups)
+        out.wo_a = self.grouped(attn.wo_a, attn.groups)
         if attn.compressor is not None:
             out.compressor = self.compressor(attn.compressor)
         if attn.indexer is not None:
@@ -340,7 +349,7 @@ def _make(model: Transformer) -> Plan | None:
     ):  # fmt: skip
         return None
     rounds = model.products == torch.bfloat16
-    integers = sum(p.numel() for p in model.parameters() if p.dtype in (torch.int8, torch.uint8))
+    integers = sum(p.numel() * _A_BYTE.get(p.dtype, 0) for p in model.parameters())
     pack = sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32) <= _PACKED_BYTES
     build = _Builder(pack, rounds, {} if integers <= _PACKED_INTEGERS else None)
     blocks: list[Any] = list(model.layers)

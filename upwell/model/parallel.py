@@ -87,7 +87,8 @@ class ParallelMoE(nn.Module):
         return share.reduce(out.to(x.dtype))
 
     def _pairs(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        if self.experts.packed is None or x.device.type != "cpu" or torch.is_grad_enabled():
+        dense = self.experts.packed is None and self.experts.w13_scale is None
+        if dense or x.device.type != "cpu" or torch.is_grad_enabled():
             return self.experts(x, places, weights)
         if self._kernels is None or self._kernels.experts is not self.experts:
             self._kernels = HostExperts(self.experts)

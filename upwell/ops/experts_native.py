@@ -35,18 +35,24 @@ def fits(kind: torch.dtype, hidden: int, inter: int) -> bool:
     return groups and native.library() is not None
 
 
-def integers(w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor) -> Any | None:
-    """Matrices of INT8 or INT4 weights as ops.moe.integer_experts takes them, which have to stay where they are; None
-    where the kernels don't take them: by groups."""
-    kind, inter = native.format_of(w13, s13), w13.shape[1] // 2
-    if kind is None or native.library() is None or max(w2.shape[1], inter) > native.MOST_COLUMNS:
-        return None
-    hidden, matrices = w2.shape[1], []
+def fits_integers(w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor) -> bool:
+    """The kernels take these stacked integer weights: by row."""
+    kinds = native.format_of(w13, s13), native.format_of(w2, s2)
+    widest = max(w2.shape[1], w13.shape[1] // 2)
+    return None not in kinds and widest <= native.MOST_COLUMNS and native.library() is not None
+
+
+def integers(w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor) -> Any:
+    """Matrices of INT8 or INT4 weights as ops.moe.integer_experts takes them, with FP32 scales, which all have to stay
+    where they are."""
+    inter, hidden, matrices = w13.shape[1] // 2, w2.shape[1], []
+    kinds = native.format_of(w13, s13), native.format_of(w2, s2)
     for up, up_scale, down, down_scale in zip(w13, s13, w2, s2, strict=True):
-        for weight, scale, shape in (
-            (up[:inter], up_scale[:inter], (inter, hidden)), (up[inter:], up_scale[inter:], (inter, hidden)),
-            (down, down_scale, (hidden, inter)),
-        ):  # fmt: skip
+        for weight, scale, shape, kind in (
+            (up[:inter], up_scale[:inter], (inter, hidden), kinds[0]),
+            (up[inter:], up_scale[inter:], (inter, hidden), kinds[0]),
+            (down, down_scale, (hidden, inter), kinds[1]),
+        ):
             matrices.append(native.Matrix(weight.data_ptr(), scale.data_ptr(), *shape, kind))
     return (native.Matrix * len(matrices))(*matrices)
 

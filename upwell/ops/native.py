@@ -195,16 +195,21 @@ def library() -> ctypes.CDLL | None:
 
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3, torch.int8: 6}
-INT4 = 7  # the format of packed bytes whose scales are FP32, one a row
+INT4 = 7  # the format of packed bytes whose scales are one a row
 MOST_COLUMNS = 1 << 16  # of an integer weight: sums of so many products of bytes stay in 32 bits
 
 
 def format_of(weight: torch.Tensor, scale: torch.Tensor | None) -> int | None:
-    """The format of a weight as it lies (csrc/layout.h); None where the kernels have none: INT4 by groups, others."""
+    """The format of a weight [out, in], or of stacked ones, as it lies (csrc/layout.h); None where the kernels have
+    none: INT4 by groups, others. Integers' scales, one a row, have to be FP32 for them."""
     if scale is not None and scale.is_floating_point():
-        by_row = scale.dtype == torch.float32
-        return {torch.int8: FORMATS[torch.int8], torch.uint8: INT4}.get(weight.dtype) if by_row else None
+        return {torch.int8: FORMATS[torch.int8], torch.uint8: INT4}.get(weight.dtype) if by_row(weight, scale) else None
     return None if weight.dtype == torch.int8 else FORMATS.get(weight.dtype)
+
+
+def by_row(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Integers with a scale for each row: what multiplies them is rounded, too (ops.linear.integer_linear)."""
+    return scale.is_floating_point() and scale.dim() == weight.dim() - 1
 
 
 def pairs(weight: torch.Tensor) -> torch.Tensor:
@@ -230,7 +235,7 @@ def quads(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torc
     rows, cols = weight.shape
     packed = torch.empty(-(-rows // PANEL) * PANEL * (-(-cols // 4)), dtype=torch.int32)
     pack_quads(weight, packed.data_ptr())
-    return packed, torch.nn.functional.pad(scale, (0, -rows % PANEL))
+    return packed, torch.nn.functional.pad(scale.float(), (0, -rows % PANEL))
 
 
 def product(
@@ -248,7 +253,8 @@ def product(
     assert lib is not None and weight.is_contiguous() and x.dtype == torch.float32
     rows, cols = out_features or weight.shape[0], x.shape[1]
     x, out, threads = x.contiguous(), torch.empty(x.shape[0], rows), torch.get_num_threads()
-    scale = None if scale is None else scale.contiguous()
+    if scale is not None:
+        scale = (scale.float() if scale.is_floating_point() else scale).contiguous()
     workspace = torch.empty(lib.upwell_product_workspace_bytes(cols, threads) // 4)
     kind = format_of(weight, scale) if out_features is None else PAIRS if scale is None else QUADS
     assert kind is not None
