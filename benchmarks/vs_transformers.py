@@ -1,6 +1,7 @@
 """Upwell against transformers on the same weights, in one run: prefill, decode, training, peak memory.
 
     python benchmarks/vs_transformers.py [--quick] [--json OUT] [--only prefill|decode|train] [--bf16 | --w8a8]
+                                         [--nano]
 
 Six layers [0, 4, 128, 4, 128, 4], hidden 256, 16.6 M parameters, FP32, 2 threads. Transformers runs in its best
 configuration: malloc tuned (both sides), chunked prefill where that is faster, the faster of its expert paths, logits
@@ -13,6 +14,8 @@ and transformers in the fastest of FP32, FP32 with torch's "medium" precision, a
 --w8a8 does the same with weights that lie on INT8's steps wherever `upwell convert --to w8a8` has integers: Upwell
 multiplies these by inputs rounded to INT8, and the rest in BF16; transformers has the same values, in the fastest of
 the three.
+
+--nano takes upwell-nano instead: Upwell as shipped (FP4 and FP8; with --w8a8 decoded first), transformers decoded.
 """
 
 from __future__ import annotations
@@ -73,6 +76,27 @@ def build() -> tuple[Any, Any]:
     ours = Transformer(ModelConfig.from_dict(config.to_dict()).with_mtp(0)).eval()
     state = theirs.state_dict()
     ours.load_state_dict({name: state[hf_name(name)] for name in ours.state_dict()})
+    return theirs, ours
+
+
+def nano(decoded: bool) -> tuple[Any, Any]:
+    """upwell-nano in transformers, and in Upwell as shipped, or `decoded` too."""
+    import tempfile
+
+    import torch
+    from transformers import DeepseekV4ForCausalLM
+
+    from upwell.checkpoint import load_model, save_checkpoint
+    from upwell.engine.llm import nano_path
+
+    ours = load_model(nano_path(), dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as directory:
+        save_checkpoint(ours, directory, format="transformers")
+        theirs = DeepseekV4ForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        if decoded:
+            ours = load_model(Path(directory), dtype=torch.float32)
     return theirs, ours
 
 
@@ -290,22 +314,22 @@ class Report:
         print(f"{name:14s} ours {spread(ours)}  transformers {spread(theirs)}  {row['ratio']:.2f}x{bar}", flush=True)
 
 
-def check(ours: Ours, theirs: Theirs, ids: Any) -> str:
+def check(ours: Ours, theirs: Theirs, ids: Any, taken: int) -> str:
     """Compare logits [S, V] over their scale, by full forward and by prefill through the cache.
 
-    Every position agrees while all entries are taken. Beyond index_topk entries, the indexer's scores at the cut can
-    lie within rounding of each other, and then two right answers differ: there 99 of 100 positions must agree.
+    Every position agrees while all entries are taken, of the first `taken` tokens. Beyond index_topk entries, the
+    indexer's scores at the cut can lie within rounding of each other, and then two right answers differ: there 99 of
+    100 positions must agree.
     """
     import torch
 
-    taken = GEOMETRY["index_topk"] * 4
     full = theirs.model(ids, use_cache=False).logits[0]
     scale = full.abs().max()
 
     step = ours.step(ids)
     mine = ours.model(ids)[0], ours.model(ids, *step)[0]
     off = torch.stack([(logits - full).abs().amax(-1) / scale for logits in mine])
-    before, after = float(off[:, :taken].max()), off[:, taken:]
+    before, after = float(off[:, :taken].max()) if taken else 0.0, off[:, taken:]
     share = float((after <= 1e-4).float().mean())
     if not (before <= 1e-4 and share >= 0.99):
         raise SystemExit(
@@ -410,6 +434,7 @@ def main() -> None:
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--bf16", action="store_true", help="inference in BF16, each side in its fastest way")
     formats.add_argument("--w8a8", action="store_true", help="the same with INT8 where `upwell convert` has it")
+    parser.add_argument("--nano", action="store_true", help="upwell-nano's weights, not random ones")
     parser.add_argument("--save", type=Path, metavar="DIR", help="only write our model there, with nano's tokenizer")
     parser.add_argument("--wider", type=int, default=1, metavar="N", help="with --save: N times as wide")
     parser.add_argument("--long-prefill", action="store_true", help=argparse.SUPPRESS)
@@ -432,9 +457,11 @@ def main() -> None:
 
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
-    theirs_model, ours_model = build()
+    theirs_model, ours_model = nano(decoded=args.w8a8) if args.nano else build()
+    vocabulary = ours_model.config.vocab_size
+    taken = 0 if args.nano else GEOMETRY["index_topk"] * 4  # of nano's learned router, too, choices can lie that near
     narrow = args.bf16 or args.w8a8
-    if narrow:
+    if narrow and not args.nano:
         round_to_bf16(ours_model, theirs_model)
     integers = onto_int8_steps(ours_model, theirs_model) if args.w8a8 else None
     precisions = precisions_of(theirs_model) if narrow else None
@@ -443,10 +470,10 @@ def main() -> None:
     machine = {"cpu": cpu_name(), "threads": THREADS, "torch": torch.__version__,
                "transformers": transformers.__version__, "python": platform.python_version(),
                "kernels": native.describe()}  # fmt: skip
-    print(f"$ {' '.join(sys.argv)}\n{machine}\n{parameters / 1e6:.2f} M parameters, "
+    print(f"$ {' '.join(sys.argv)}\n{machine}\n{'nano' if args.nano else f'{parameters / 1e6:.2f} M parameters'}, "
           f"{'W8A8' if args.w8a8 else 'BF16' if narrow else 'FP32'}", flush=True)  # fmt: skip
-    ids = torch.randint(0, GEOMETRY["vocab_size"], (8, 16384), generator=torch.Generator().manual_seed(1))
-    print(f"logits agree to {check(ours, theirs, ids[:1, :1024])}", flush=True)
+    ids = torch.randint(0, vocabulary, (8, 16384), generator=torch.Generator().manual_seed(1))
+    print(f"logits agree to {check(ours, theirs, ids[:1, :1024], taken)}", flush=True)
     if integers is not None:
         integers()
     if narrow:
@@ -465,7 +492,7 @@ def main() -> None:
                 lambda part=part: ours.prefill(part), lambda part=part: theirs.prefill(part), rounds, budget
             )
             report.add(f"prefill {n}", n, *times)
-    if args.only in (None, "prefill") and not (args.quick or narrow):
+    if args.only in (None, "prefill") and not (args.quick or narrow or args.nano):
         extra = alone("--long-prefill") | alone("--prefill-memory")
         growth = extra["per_token_16k_s"] / extra["per_token_1k_s"]
         above = extra["peak_above_start_bytes"] / 2**20
@@ -481,7 +508,7 @@ def main() -> None:
             )
             times = interleave(ours.decode(context, steps), theirs.decode(context, steps), rounds, budget)
             report.add(f"decode x{batch}", batch * steps, *times)
-    if args.only in (None, "train") and not narrow:
+    if args.only in (None, "train") and not (narrow or args.nano):
         batch = 1 if args.quick else 8
         batch_ids = ids[:batch, :512]
         run_theirs = training(theirs, batch_ids)
