@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_v4 import save
 
+from upwell import load_model
+from upwell.bench import forward
 from upwell.bench.record import quantile, table
 from upwell.cli import main
 
@@ -34,6 +37,22 @@ def test_prefill_beside_transformers(checkpoint: Path, capsys: pytest.CaptureFix
     assert main(["bench", "prefill", "--model", str(checkpoint), "--device", "cpu", *flags]) == 0
     printed = capsys.readouterr()
     assert "transformers" in printed.out and "prefill 40 x1" in printed.out and "logits agree" in printed.err
+
+
+def test_transformers_takes_the_faster_of_both_dtypes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(checkpoint, dtype=torch.float32)
+    model.multiply_in(torch.bfloat16)
+    theirs = forward.Transformers(model)
+    narrow = [m.dtype for m in theirs._models].index(torch.bfloat16)
+    clock = iter([0.0, 9.0, 0.0, 8.0, 0.0, 7.0, 0.0, 2.0])  # of both expert paths, in FP32 and in BF16
+    monkeypatch.setattr(forward.time, "perf_counter", lambda: next(clock))
+    with torch.inference_mode():
+        run = theirs.decode(torch.zeros(1, 6, dtype=torch.long), 2)
+        theirs.tune(run)
+        assert theirs.model is theirs._models[narrow] and theirs.model.config._experts_implementation == "grouped_mm"
+        run()
+    model.multiply_in(torch.float32)
+    assert [m.dtype for m in forward.Transformers(model)._models] == [torch.float32]
 
 
 def test_serve(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

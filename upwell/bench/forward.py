@@ -5,9 +5,11 @@ Each is timed several times after a warm-up; with transformers beside it on the 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +83,8 @@ class Ours:
 
 
 class Transformers:
-    """transformers' model with our weights, written by us and read by it; the faster of its expert paths."""
+    """transformers' model with our weights, written by us and read by it; the faster of its expert paths, and, where
+    ours multiplies in BF16, the faster of the model's dtype and BF16."""
 
     name = "transformers"
 
@@ -98,15 +101,21 @@ class Transformers:
             self.model: Any = DeepseekV4ForCausalLM.from_pretrained(
                 directory, dtype=model.dtype, attn_implementation="eager"
             ).eval()
+        self._models = [self.model]
+        if model.products == torch.bfloat16:
+            self._models.append(copy.deepcopy(self.model).to(torch.bfloat16))
 
     def prefill(self, ids: Tensor) -> Tensor:
         return self._prefilled(ids).logits[:, -1]
 
     def decode(self, ids: Tensor, steps: int) -> Callable[[], None]:
-        out = self._prefilled(ids)
-        state = [out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)]
+        states: dict[Any, list[Any]] = {}  # cache and last token, by model
 
         def run() -> None:
+            if self.model not in states:
+                out = self._prefilled(ids)
+                states[self.model] = [out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)]
+            state = states[self.model]
             for _ in range(steps):
                 out = self.model(state[1], past_key_values=state[0], use_cache=True)
                 state[0], state[1] = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
@@ -114,15 +123,19 @@ class Transformers:
         return run
 
     def tune(self, run: Callable[[], Any]) -> None:
-        """Keep the faster of the expert paths for what `run` does."""
+        """Keep the fastest of the dtypes and expert paths for what `run` does."""
         costs = {}
-        for path in ("eager", "grouped_mm"):
-            self.model.config._experts_implementation = path
+        for choice in product(self._models, ("eager", "grouped_mm")):
+            self._take(*choice)
             run()
             began = time.perf_counter()
             run()
-            costs[path] = time.perf_counter() - began
-        self.model.config._experts_implementation = min(costs, key=lambda path: costs[path])
+            costs[choice] = time.perf_counter() - began
+        self._take(*min(costs, key=lambda choice: costs[choice]))
+
+    def _take(self, model: Any, experts: str) -> None:
+        self.model = model
+        model.config._experts_implementation = experts
 
     def _prefilled(self, ids: Tensor) -> Any:
         past, out = None, None
