@@ -175,12 +175,10 @@ class Geometry:
             self.model = Transformer(self.config)
         fill(self.model, Pool(), weights)
         self.model.eval()
-        self.layer_bytes = {r: self._dense(b) for r, b in zip(ratios, self.model.layers, strict=True)}
+        blocks: list[Any] = list(self.model.layers)
+        dense_parts = [dense_bytes(b) - dense_bytes(b.ffn.experts) for b in blocks]
+        self.layer_bytes = dict(zip(ratios, dense_parts, strict=True))
         self.head_bytes = dense_bytes(self.model.head) + dense_bytes(self.model.hc_head)
-
-    @staticmethod
-    def _dense(block: Any) -> int:
-        return dense_bytes(block) - dense_bytes(block.ffn.experts)
 
     def step_bytes(self, batch: int) -> float:
         """Weights that a decode step reads once: for more than one sequence the expected number, routing being even."""

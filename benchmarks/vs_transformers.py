@@ -54,10 +54,6 @@ def build() -> tuple[Any, Any]:
     import torch
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-    from upwell.checkpoint.names import hf_name
-    from upwell.config import ModelConfig
-    from upwell.model import Transformer
-
     torch.manual_seed(0)
     config = DeepseekV4Config(**GEOMETRY)
     config._attn_implementation = "eager"
@@ -73,31 +69,32 @@ def build() -> tuple[Any, Any]:
         for name, buffer in theirs.named_buffers():
             if name.endswith("tid2eid"):
                 buffer.copy_(torch.rand(*buffer.shape[:1], 20, generator=generator).argsort(1)[:, : buffer.shape[1]])
-    ours = Transformer(ModelConfig.from_dict(config.to_dict()).with_mtp(0)).eval()
+    return theirs, in_upwell(theirs)
+
+
+def in_upwell(theirs: Any) -> Any:
+    """Our model with the weights of transformers'."""
+    from upwell.checkpoint.names import hf_name
+    from upwell.config import ModelConfig
+    from upwell.model import Transformer
+
+    ours = Transformer(ModelConfig.from_dict(theirs.config.to_dict()).with_mtp(0)).eval()
     state = theirs.state_dict()
     ours.load_state_dict({name: state[hf_name(name)] for name in ours.state_dict()})
-    return theirs, ours
+    return ours
 
 
 def nano(decoded: bool) -> tuple[Any, Any]:
     """upwell-nano in transformers, and in Upwell as shipped, or `decoded` too."""
-    import tempfile
-
     import torch
-    from transformers import DeepseekV4ForCausalLM
 
-    from upwell.checkpoint import load_model, save_checkpoint
+    from upwell.bench.forward import Transformers
+    from upwell.checkpoint import load_model
     from upwell.engine.llm import nano_path
 
     ours = load_model(nano_path(), dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as directory:
-        save_checkpoint(ours, directory, format="transformers")
-        theirs = DeepseekV4ForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        if decoded:
-            ours = load_model(Path(directory), dtype=torch.float32)
-    return theirs, ours
+    theirs = Transformers(ours).model
+    return theirs, in_upwell(theirs) if decoded else ours
 
 
 def round_to_bf16(*models: Any) -> None:

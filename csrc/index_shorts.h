@@ -27,10 +27,6 @@ INLINE VecI dot_pairs(VecI sum, VecI, VecI) { return sum; }
 constexpr float kShortLength = 32767.0f;
 constexpr int64_t kMostClose = 8 * kTile;  // entries near the cut that are worth scoring one by one
 
-INLINE VecI round_to_int(Vec x) {  // |x| < 2^22
-  const Vec magic = splat(12582912.0f);
-  return reinterpret_cast<VecI>(x + magic) - reinterpret_cast<VecI>(magic);
-}
 // Lengths that the scaling serves: others are left to FP32.
 INLINE bool plain_length(float square) { return square == 0.0f || (square > 1e-30f && square < 1e30f); }
 

@@ -16,12 +16,6 @@ INLINE int64_t integer_rows(int64_t cols) {
 
 typedef int8_t EighthBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-// A vector of x [n] from i on as integers, what is beyond as zeros: adding 1.5 * 2^23 rounds to a whole number, which the
-// low bits then hold.
-INLINE VecI whole_numbers(const float* x, int64_t i, int64_t n, float up) {
-  return reinterpret_cast<VecI>(load_at(x, i, n) * up + 12582912.0f) - 0x4b400000;
-}
-
 // x [t, n] into in.space. F: kInt8, bytes in their order; kInt4, of each 2 * VECTOR_BYTES columns the even ones first.
 template <int64_t F>
 static void lay_out_integers(Inputs& in, const float* x, int64_t ldx) {
@@ -52,7 +46,7 @@ static void lay_out_integers(Inputs& in, const float* x, int64_t ldx) {
       alignas(64) int8_t wholes[chunk] = {};
       int8_t* out = F == kInt4 ? wholes : bytes + i;
       for (int64_t k = 0; k < chunk; k += kLanes) {
-        const VecI whole = i + k < n && finite ? whole_numbers(x, i + k, n, up) : VecI{};
+        const VecI whole = i + k < n && finite ? round_to_int(load_at(x, i + k, n) * up) : VecI{};
         sum += whole;
         *reinterpret_cast<EighthBytes*>(out + k) = __builtin_convertvector(whole, EighthBytes);
       }
@@ -62,7 +56,7 @@ static void lay_out_integers(Inputs& in, const float* x, int64_t ldx) {
 #else
     auto* out = reinterpret_cast<float*>(bytes);
     for (int64_t i = 0; i < n; i += kLanes)
-      store(out + i, finite ? __builtin_convertvector(whole_numbers(x, i, n, up), Vec) : zero());
+      store(out + i, finite ? __builtin_convertvector(round_to_int(load_at(x, i, n) * up), Vec) : zero());
 #endif
     int32_t total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];

@@ -79,8 +79,7 @@ static void lay_out_bytes(Inputs& in, const float* x, int64_t ldx) {
       alignas(64) int32_t wholes[32];
       alignas(32) int8_t bytes[3][32];
       for (int i = 0; i < 32; i += kLanes) {
-        // Adding 1.5 * 2^23 rounds to a whole number, which the low bits then hold.
-        const VecI whole = reinterpret_cast<VecI>(load(values + i) * fine + 12582912.0f) - 0x4b400000;
+        const VecI whole = round_to_int(load(values + i) * fine);
         const VecI low = (whole << 24) >> 24, rest = (whole - low) >> 8, middle = (rest << 24) >> 24;
         __builtin_memcpy(wholes + i, &whole, VECTOR_BYTES);
         const SignedBytes cut[3] = {__builtin_convertvector((rest - middle) >> 8, SignedBytes),

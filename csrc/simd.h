@@ -202,6 +202,12 @@ INLINE Vec larger(Vec a, Vec b) {  // b where either is NaN
 #endif
 }
 
+// To the nearest whole number, |x| < 2^22: adding 1.5 * 2^23 rounds, and the low bits then hold it.
+INLINE VecI round_to_int(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  return reinterpret_cast<VecI>(x + magic) - reinterpret_cast<VecI>(magic);
+}
+
 // 2^x of x <= 0 (or NaN): what a softmax needs. 0 below -126.
 INLINE Vec exp2_below(Vec x) {
   const Vec magic = splat(12582912.0f), shifted = x + magic, r = x - (shifted - magic);

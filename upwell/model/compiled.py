@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -175,17 +175,19 @@ class _Builder:
 
     def integers(self, weight: Tensor, scale: Tensor) -> native.Matrix:
         """INT8 [out, in] or packed INT4 [out, in/2] with a scale a row."""
-        kind, is_int4 = native.format_of(weight, scale), weight.dtype == torch.uint8
-        rows, cols = weight.shape[0], weight.shape[1] * (2 if is_int4 else 1)
-        if kind is None or cols > native.MOST_COLUMNS or not weight.is_contiguous() or weight.device.type != "cpu":
+        scale = scale.float().contiguous()
+        as_it_lies = native.integers(weight, scale)
+        if as_it_lies is None or not weight.is_contiguous() or weight.device.type != "cpu":
             raise _Unsupported("integers")
         if self.quads is None:
-            return native.Matrix(self.address(weight), self.address(scale.float().contiguous()), rows, cols, kind)
+            self.kept += weight, scale
+            return as_it_lies
         made = self.quads.get(weight.data_ptr())
         if made is None:
+            rows, cols = as_it_lies.rows, as_it_lies.cols
             at = self.room(-(-rows // native.PANEL) * native.PANEL * -(-cols // 4))
-            native.pack_quads(unpack_int4(weight) if is_int4 else weight, at)
-            scales = self.address(nn.functional.pad(scale.float(), (0, -rows % native.PANEL)))
+            native.pack_quads(unpack_int4(weight) if weight.dtype == torch.uint8 else weight, at)
+            scales = self.address(nn.functional.pad(scale, (0, -rows % native.PANEL)))
             made = self.quads[weight.data_ptr()] = native.Matrix(at, scales, rows, cols, native.QUADS)
         return made
 
@@ -203,23 +205,17 @@ class _Builder:
             at = self.address(scale.contiguous())
         return native.Matrix(self.address(weight), at, rows, cols, kind)
 
-    def linear(self, module: nn.Module, groups: int = 1) -> native.Matrix:
+    def linear(self, module: nn.Module, groups: int = 1, unrounded: bool = False) -> native.Matrix:
+        """unrounded: what multiplies it is never rounded to INT8, so integers are decoded."""
         if getattr(module, "quantize_input", False):
             raise _Unsupported("quantize_input")
         weight = self.watch(module, "weight", True)
         scale = self.watch(module, "scale", True) if module._buffers.get("scale") is not None else None
-        if groups > 1 and weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128:
+        odd = groups > 1 and weight.dtype == torch.float8_e4m3fn and weight.shape[0] // groups % 128
+        if odd or (unrounded and scale is not None and scale.is_floating_point()):
             dense = dense_weight(weight, scale, torch.float32)
             return self.panels(dense, groups) if self.pack else self.raw(dense, None)
         return self.matrix(weight, scale, groups)
-
-    def grouped(self, module: nn.Module, groups: int) -> native.Matrix:
-        """Group by group. What multiplies wo_a is never rounded, so integers are decoded."""
-        scale = module._buffers.get("scale")
-        if scale is None or not scale.is_floating_point():
-            return self.linear(module, groups)
-        dense = dense_weight(self.watch(module, "weight", True), self.watch(module, "scale", True), torch.float32)
-        return self.matrix(dense, None, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
         fn = self.raw(self.watch(module, "fn", False), None)
@@ -250,14 +246,9 @@ class _Builder:
                 matrices += [self.matrix(*expert[name]) for name in ("w1", "w3", "w2")]
         else:
             w13, w2 = self.watch(routed, "w13", True), self.watch(routed, "w2", True)
-            inter = w13.shape[1] // 2
-            parts = [(w[:inter], w[inter:], down) for w, down in zip(w13, w2, strict=True)]
-            scales: Iterable[tuple[Tensor | None, ...]] = repeat((None, None, None))
-            if routed.w13_scale is not None:
-                s13, s2 = self.watch(routed, "w13_scale", True), self.watch(routed, "w2_scale", True)
-                scales = [(s[:inter], s[inter:], down) for s, down in zip(s13, s2, strict=True)]
-            for expert, its_scales in zip(parts, scales, strict=False):
-                matrices += map(self.matrix, expert, its_scales)
+            names = ("w13_scale", "w2_scale") if routed.w13_scale is not None else ()
+            scales = [self.watch(routed, name, True) for name in names]
+            matrices += [self.matrix(*part) for part in experts_native.cut(w13, w2, *scales)]
         shared = moe.shared_experts
         matrices += [self.linear(shared.w1), self.linear(shared.w3), self.linear(shared.w2)]
         stored = (native.Matrix * len(matrices))(*matrices)
@@ -281,7 +272,7 @@ class _Builder:
         out.sink = self.vector(attn, "attn_sink")
         for name in ("wq_a", "wq_b", "wkv", "wo_b"):
             setattr(out, name, self.linear(getattr(attn, name)))
-        out.wo_a = self.grouped(attn.wo_a, attn.groups)
+        out.wo_a = self.linear(attn.wo_a, attn.groups, unrounded=True)
         if attn.compressor is not None:
             out.compressor = self.compressor(attn.compressor)
         if attn.indexer is not None:

@@ -133,10 +133,9 @@ class HostExperts:
         self._kept: list[Tensor] = []  # what the kernels read
         self._callbacks: Callbacks | None = None
         if experts.w13_scale is not None and experts.w2_scale is not None:
-            held = experts.w13.detach(), experts.w13_scale, experts.w2.detach(), experts.w2_scale
-            if experts_native.fits_integers(*held):
-                self._kept = [(t.float() if t.is_floating_point() else t).contiguous() for t in held]
-                self._matrices = experts_native.integers(*self._kept)
+            stacked = experts.w13.detach(), experts.w2.detach(), experts.w13_scale, experts.w2_scale
+            if (made := experts_native.integers(*stacked)) is not None:
+                self._matrices, self._kept = made
                 self._kernels = experts_native.Mixture(experts.n, hidden, inter, experts.limit)
             return
         kind = experts.packed_kind

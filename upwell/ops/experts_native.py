@@ -7,7 +7,7 @@ memory they came to, some at a time (csrc/layout.h, Take).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ctypes import cast, pointer
 from typing import Any
 
@@ -35,26 +35,26 @@ def fits(kind: torch.dtype, hidden: int, inter: int) -> bool:
     return groups and native.library() is not None
 
 
-def fits_integers(w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor) -> bool:
-    """The kernels take these stacked integer weights: by row."""
-    kinds = native.format_of(w13, s13), native.format_of(w2, s2)
-    widest = max(w2.shape[1], w13.shape[1] // 2)
-    return None not in kinds and widest <= native.MOST_COLUMNS and native.library() is not None
+def cut(
+    w13: Tensor, w2: Tensor, s13: Tensor | None = None, s2: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """w1, w3 and w2 of each expert, with their scales where there are any, of stacked ones (model.moe.Experts)."""
+    inter = w13.shape[1] // 2
+    for e, (up, down) in enumerate(zip(w13, w2, strict=True)):
+        yield up[:inter], None if s13 is None else s13[e, :inter]
+        yield up[inter:], None if s13 is None else s13[e, inter:]
+        yield down, None if s2 is None else s2[e]
 
 
-def integers(w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor) -> Any:
-    """Matrices of INT8 or INT4 weights as ops.moe.integer_experts takes them, with FP32 scales, which all have to stay
-    where they are."""
-    inter, hidden, matrices = w13.shape[1] // 2, w2.shape[1], []
-    kinds = native.format_of(w13, s13), native.format_of(w2, s2)
-    for up, up_scale, down, down_scale in zip(w13, s13, w2, s2, strict=True):
-        for weight, scale, shape, kind in (
-            (up[:inter], up_scale[:inter], (inter, hidden), kinds[0]),
-            (up[inter:], up_scale[inter:], (inter, hidden), kinds[0]),
-            (down, down_scale, (hidden, inter), kinds[1]),
-        ):
-            matrices.append(native.Matrix(weight.data_ptr(), scale.data_ptr(), *shape, kind))
-    return (native.Matrix * len(matrices))(*matrices)
+def integers(w13: Tensor, w2: Tensor, s13: Tensor, s2: Tensor) -> tuple[Any, list[Tensor]] | None:
+    """Matrices of INT8 or INT4 weights as ops.moe.integer_experts takes them, and the tensors that they point to; None
+    where the kernels don't take them."""
+    if native.library() is None or not (native.by_row(w13, s13) and native.by_row(w2, s2)):
+        return None
+    held = [w13.contiguous(), w2.contiguous(), s13.float().contiguous(), s2.float().contiguous()]
+    found = (native.integers(weight, scale) for weight, scale in cut(*held) if scale is not None)
+    made = [matrix for matrix in found if matrix is not None]
+    return ((native.Matrix * len(made))(*made), held) if len(made) == 3 * len(w13) else None
 
 
 def point(matrices: Any, expert: int, places: Places) -> None:

@@ -212,6 +212,15 @@ def by_row(weight: torch.Tensor, scale: torch.Tensor) -> bool:
     return scale.is_floating_point() and scale.dim() == weight.dim() - 1
 
 
+def integers(weight: torch.Tensor, scale: torch.Tensor) -> Matrix | None:
+    """A contiguous INT8 [out, in] or packed INT4 [out, in/2] as it lies, and its contiguous FP32 scale [out], which
+    have to stay there; None where the kernels don't take it: by groups, or with rows too long for sums in 32 bits."""
+    kind, cols = format_of(weight, scale), weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    if kind is None or cols > MOST_COLUMNS:
+        return None
+    return Matrix(weight.data_ptr(), scale.data_ptr(), weight.shape[0], cols, kind)
+
+
 def pairs(weight: torch.Tensor) -> torch.Tensor:
     """A contiguous FP32 weight [out, in] rounded to BF16, as `product` takes it with `out`: INT32 [words]."""
     lib = library()
