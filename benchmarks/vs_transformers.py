@@ -160,13 +160,9 @@ class Ours:
         self.model = model
 
     def cache(self, batch: int, tokens: int) -> Any:
-        import torch
-
-        from upwell.model import KVCache
-
         per_sequence = -(-tokens // 256)
         self.tables = [list(range(b * per_sequence, (b + 1) * per_sequence)) for b in range(batch)]
-        return KVCache(self.model.config, batch * per_sequence, batch, torch.float32)
+        return self.model.new_cache(batch * per_sequence, batch)
 
     def extend(self, ids: Any, cache: Any, start: int) -> Any:
         """Logits [B, V] after the tokens ids [B, S], which begin at position `start`."""
@@ -475,6 +471,8 @@ def main() -> None:
         integers()
     if narrow:
         ours_model.multiply_in(torch.bfloat16)
+    if integers is not None:
+        ours_model.cache_in(torch.int8)
     report, rounds, budget = Report(), 3 if args.quick else 7, 5.0 if args.quick else 25.0
     extra: dict[str, Any] = {}
     if args.only in (None, "prefill"):

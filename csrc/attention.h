@@ -15,14 +15,17 @@ INLINE void rotate(float* x, const float* turn, int64_t rope, float sign) {
   }
 }
 
-// What is multiplied is T: float, or int32_t, pairs of BF16 (simd.h), where a CPU multiplies twice as many of them.
+// What is multiplied is T: float; int32_t, pairs of BF16 (simd.h), where a CPU multiplies twice as many of them; or
+// uint32_t, four integers of a row in INT8 (attention_bytes.h).
 template <class T>
-constexpr int64_t kEach = kOfPairs<T> ? 2 : 1;  // rows that lie in one for the sums
+using Sums = std::conditional_t<kOfIntegers<T>, VecI, Vec>;
+template <class T>
+constexpr int64_t kEach = kOfIntegers<T> ? 4 : kOfPairs<T> ? 2 : 1;  // rows that lie in one for the sums
 
 // kTwo: for at most half as many heads as lanes. Head h has lanes 2h and 2h + 1: of a query those are even and odd columns,
 // of scores even and odd rows. So no lane is idle where there are few heads, as for ranks that share them.
 template <bool kTwo, class T>
-constexpr bool kTurns = kTwo && !kOfPairs<T>;  // numerators of two rows take turns in lanes; of pairs they are one number
+constexpr bool kTurns = kTwo && kEach<T> == 1;  // numerators of two rows take turns in lanes; of more they are one number
 template <bool kTwo, class T>
 INLINE Lanes<T> across(const T* p) {  // p[0] in all lanes, or p[0] and p[1] in turn
   if constexpr (kTwo) {
@@ -36,58 +39,71 @@ INLINE Lanes<T> across(const T* p) {  // p[0] in all lanes, or p[0] and p[1] in 
 }
 
 // R rows times the heads of q [steps, kLanes] into R vectors of scores, or half as many. Not inlined: its R pointers need
-// the registers.
+// the registers. factor: of integers, what a head's are worth.
 template <int R, bool kTwo, class T>
-static __attribute__((noinline)) void score_rows(const T* const* rows, const T* q, int64_t steps, float* out) {
-  Vec acc[R];
+static __attribute__((noinline)) void score_rows(const T* const* rows, const T* q, int64_t steps, Vec factor, float* out) {
+  [[maybe_unused]] constexpr int kPer = kTwo ? 2 : 1;
+  Sums<T> acc[R];
   const T* r[R];
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) acc[i] = zero(), r[i] = rows[i];
+  for (int i = 0; i < R; ++i) acc[i] = Sums<T>{}, r[i] = rows[i];
   for (int64_t k = 0; k < steps; ++k, q += kLanes) {
     const Lanes<T> heads = load(q);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) acc[i] = multiply_add(acc[i], across<kTwo>(r[i] + (kTwo ? 2 * k : k)), heads);
+    for (int i = 0; i < R; ++i) {
+      const Lanes<T> row = across<kTwo>(r[i] + (kTwo ? 2 * k : k));
+      if constexpr (kOfIntegers<T>) acc[i] = dot_bytes(acc[i], row, heads);
+      else acc[i] = multiply_add(acc[i], row, heads);
+    }
   }
-  for (int i = 0; i < R; i += kTwo ? 2 : 1, out += kLanes) {
-    Vec v = acc[i];
+  for (int i = 0; i < R; i += kPer, out += kLanes) {
+    Sums<T> v = acc[i];
     if constexpr (kTwo) v = take_turns(v, acc[i + 1]) + swap_pairs(take_turns(acc[i + 1], v));
-    store(out, v);
+    if constexpr (kOfIntegers<T>) store(out, worth<kTwo>(v, factor, r + i));
+    else store(out, v);
   }
 }
 
-// H heads' sums over n rows, of which each T holds one or (pairs) two, by probs as attend_as has them.
+// H heads' sums over n rows, of which each T holds one or more, by probs as attend_as has them. scale [H]: of integers,
+// what the heads' are worth.
 template <int H, int V, bool kTwo, class T>
-INLINE void weigh_columns(const T* const* rows, int64_t n, const T* probs, int64_t offset, int part, float* out,
-                          int64_t ldo, bool add) {
-  Vec acc[H][V] = {};
+INLINE void weigh_columns(const T* const* rows, int64_t n, const T* probs, [[maybe_unused]] const float* scale, int64_t offset,
+                          int part, float* out, int64_t ldo, bool add) {
+  Sums<T> acc[H][V] = {};
   for (int64_t j = 0; j < n; ++j) {
     const T* row = rows[j] + offset;
     const T* p = kTurns<kTwo, T> ? probs + j / 2 * kLanes + j % 2 : probs + j * (kTwo ? kLanes / 2 : kLanes);
     Lanes<T> values[V];
     for (int v = 0; v < V; ++v) {
-      if constexpr (kOfPairs<T>) values[v] = load(row + v * kLanes);  // padded
+      if constexpr (kEach<T> > 1) values[v] = load(row + v * kLanes);  // padded
       else values[v] = part ? load_part(row + v * kLanes, part) : load(row + v * kLanes);
     }
     for (int h = 0; h < H; ++h) {
       const Lanes<T> weight = across<false>(p + (kTurns<kTwo, T> ? 2 * h : h));
-      for (int v = 0; v < V; ++v) acc[h][v] = multiply_add(acc[h][v], weight, values[v]);
+      for (int v = 0; v < V; ++v) {
+        if constexpr (kOfIntegers<T>) acc[h][v] = dot_bytes(acc[h][v], values[v], weight);
+        else acc[h][v] = multiply_add(acc[h][v], weight, values[v]);
+      }
     }
   }
   for (int h = 0; h < H; ++h)
     for (int v = 0; v < V; ++v) {
       float* o = out + h * ldo + v * kLanes;
-      if (part) store_part(o, add ? acc[h][v] + load_part(o, part) : acc[h][v], part);
-      else store(o, add ? acc[h][v] + load(o) : acc[h][v]);
+      Vec sum;
+      if constexpr (kOfIntegers<T>) sum = whole(acc[h][v]) * scale[h];
+      else sum = acc[h][v];
+      if (part) store_part(o, add ? sum + load_part(o, part) : sum, part);
+      else store(o, add ? sum + load(o) : sum);
     }
 }
 
 template <int H, bool kTwo, class T>
-static void weigh(const T* const* rows, int64_t n, const T* probs, int64_t dim, float* out, bool add) {
+static void weigh(const T* const* rows, int64_t n, const T* probs, const float* scale, int64_t dim, float* out, bool add) {
   constexpr int V = kLanes == 8 ? 2 : 4;
   int64_t d = 0;
-  for (; d + V * kLanes <= dim; d += V * kLanes) weigh_columns<H, V, kTwo>(rows, n, probs, d, 0, out + d, dim, add);
-  for (; d + kLanes <= dim; d += kLanes) weigh_columns<H, 1, kTwo>(rows, n, probs, d, 0, out + d, dim, add);
-  if (d < dim) weigh_columns<H, 1, kTwo>(rows, n, probs, d, int(dim - d), out + d, dim, add);
+  for (; d + V * kLanes <= dim; d += V * kLanes) weigh_columns<H, V, kTwo>(rows, n, probs, scale, d, 0, out + d, dim, add);
+  for (; d + kLanes <= dim; d += kLanes) weigh_columns<H, 1, kTwo>(rows, n, probs, scale, d, 0, out + d, dim, add);
+  if (d < dim) weigh_columns<H, 1, kTwo>(rows, n, probs, scale, d, int(dim - d), out + d, dim, add);
 }
 
 // q [heads, dim] into qt [dim, kLanes]: normed, scaled by dim^-1/2, the last rope dims rotated. Missing heads are zero.
@@ -116,9 +132,9 @@ static void query_lanes(const float* q, int heads, int64_t dim, float eps, const
   }
 }
 
-// qt [dim, kLanes] of query_lanes as score_rows takes it, in place. Returns the steps.
+// qt [dim, kLanes] of query_lanes as score_rows takes it, in place, and its factor. Returns the steps.
 template <bool kTwo, class T>
-static int64_t lay_out_query(float* qt, int64_t dim) {
+static int64_t lay_out_query(float* qt, int64_t dim, [[maybe_unused]] Vec& factor) {
   int64_t n = dim;
   auto join = [&](auto both) {
     n /= 2;
@@ -127,6 +143,10 @@ static int64_t lay_out_query(float* qt, int64_t dim) {
   if constexpr (kOfPairs<T>) {
     for (; n % 4; ++n) store(qt + n * kLanes, zero());
     join([](Vec even, Vec odd) { return reinterpret_cast<Vec>(round_pairs(even, odd)); });
+  }
+  if constexpr (kOfIntegers<T>) {
+    n = round_lanes(qt, dim, kTwo ? 2 : 1, factor);
+    if (kTwo) factor = low_turns(factor, factor);
   }
   if constexpr (kTwo) join([](Vec even, Vec odd) { return low_turns(even, odd); });
   return n;
@@ -148,13 +168,13 @@ struct Coming {
   }
 };
 
-// What one query reads. rows: each by itself, for the scores; columns: the same for the sums, or (pairs) two rows each.
+// What one query reads. rows: each by itself, for the scores; columns: the same for the sums, or kEach rows in one.
 template <class T>
 struct RowsRead {
   const T *const *rows, *const *columns;
   int64_t n;
   int hidden = 0;  // rows that aren't the query's, though they lie among its own
-  int64_t hides[4] = {};
+  int64_t hides[8] = {};
   Coming coming;  // of the next query
 
   RowsRead part(int64_t first, int64_t count) const {
@@ -170,19 +190,20 @@ struct RowsRead {
 template <bool kTwo, class T>
 static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& read, Vec best, float* scores, float* out) {
   constexpr int kRows = 8, kPer = kTwo ? 2 : 1, kStep = kTurns<kTwo, T> ? 2 : 1;
-  const int64_t steps = lay_out_query<kTwo, T>(qt, dim), n = read.n;
+  Vec factor{};
+  const int64_t steps = lay_out_query<kTwo, T>(qt, dim, factor), n = read.n;
   const auto* q = reinterpret_cast<const T*>(qt);
   Coming coming = read.coming;
   int64_t j = 0;
   for (const int64_t share = coming.share(n / kRows * 2); j + kRows <= n; j += kRows) {
     coming.fetch(share);
-    for (int64_t i = j + 16; !kOfPairs<T> && i < n && i < j + 24; ++i)  // rows lie anywhere: no hardware foresees them
+    for (int64_t i = j + 16; kEach<T> == 1 && i < n && i < j + 24; ++i)  // rows lie anywhere: no hardware foresees them
       for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(read.rows[i] + k);
-    score_rows<kRows, kTwo>(read.rows + j, q, steps, scores + j / kPer * kLanes);
+    score_rows<kRows, kTwo>(read.rows + j, q, steps, factor, scores + j / kPer * kLanes);
   }
   for (; j < n; j += kPer) {
     const T* last[2] = {read.rows[j], read.rows[min64(j + 1, n - 1)]};
-    score_rows<kPer, kTwo>(last, q, steps, scores + j / kPer * kLanes);
+    score_rows<kPer, kTwo>(last, q, steps, factor, scores + j / kPer * kLanes);
   }
   auto hide = [&](int64_t row) {
     const Vec none = splat(-__builtin_inff());
@@ -191,35 +212,42 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
   };
   for (int i = 0; i < read.hidden; ++i) hide(read.hides[i]);
   if (kTwo && n % 2) hide(n);
-  const int64_t vectors = (n + kPer - 1) / kPer;
   best = larger(best, splat(-3e38f));  // where every row is hidden
   if constexpr (kTwo) best = low_turns(best, best);
-  for (j = 0; j < vectors; ++j) best = larger(load(scores + j * kLanes), best);
+  for (j = 0; j < n; j += kPer) best = larger(load(scores + j / kPer * kLanes), best);
   if constexpr (kTwo) best = larger(swap_pairs(best), best);
   Vec total{};
-  for (j = 0; j < vectors; ++j) {
-    const Vec p = exp_below(load(scores + j * kLanes) - best);
-    total += p;
-    store(scores + j * kLanes, p);
-  }
-  if constexpr (kTwo) total = every_second(total + swap_pairs(total)), best = every_second(best);
-  if constexpr (kOfPairs<T>)  // of neighbouring rows
-    for (j = 0; j < vectors; j += 2) {
-      const Vec a = load(scores + j * kLanes), b = j + 1 < vectors ? load(scores + (j + 1) * kLanes) : zero();
-      store(scores + j / 2 * kLanes, reinterpret_cast<Vec>(kTwo ? round_neighbours(a, b) : round_pairs(a, b)));
-    }
   const int64_t share = coming.share((n + kRowBlock - 1) / kRowBlock * (heads / 4));
   for (j = 0; j == 0 || j < n; j += kRowBlock) {
-    const int64_t count = (min64(n - j, kRowBlock) + kEach<T> - 1) / kEach<T>;
-    const auto* probs = reinterpret_cast<const T*>(scores) + j / kEach<T> / (kTwo ? 2 : 1) * kLanes;
+    const int64_t count = min64(n - j, kRowBlock), vectors = (count + kPer - 1) / kPer;
+    float *p = scores + j / kPer * kLanes, scale[kLanes] = {};
+    [[maybe_unused]] Vec most = splat(1e-30f);
+    for (int64_t i = 0; i < vectors; ++i) {
+      Vec e = exp_below(load(p + i * kLanes) - best);
+      total += e;
+      if constexpr (kOfIntegers<T>) {
+        e *= steps_of_rows<kTwo>(read.rows + j + i * kPer);
+        most = larger(e, most);
+      }
+      store(p + i * kLanes, e);
+    }
+    if constexpr (kOfPairs<T>)  // of neighbouring rows
+      for (int64_t i = 0; i < vectors; i += 2) {
+        const Vec a = load(p + i * kLanes), b = i + 1 < vectors ? load(p + (i + 1) * kLanes) : zero();
+        store(p + i / 2 * kLanes, reinterpret_cast<Vec>(kTwo ? round_neighbours(a, b) : round_pairs(a, b)));
+      }
+    if constexpr (kOfIntegers<T>) round_numerators<kTwo>(p, vectors, most, scale);
+    const auto* probs = reinterpret_cast<const T*>(p);
     const T* const* columns = read.columns + j / kEach<T>;
+    const int64_t joined = (count + kEach<T> - 1) / kEach<T>;
     int h = 0;
     for (; h + 4 <= heads; h += 4) {
       coming.fetch(share);
-      weigh<4, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
+      weigh<4, kTwo>(columns, joined, probs + h * kStep, scale + h, dim, out + h * dim, j > 0);
     }
-    for (; h < heads; ++h) weigh<1, kTwo>(columns, count, probs + h * kStep, dim, out + h * dim, j > 0);
+    for (; h < heads; ++h) weigh<1, kTwo>(columns, joined, probs + h * kStep, scale + h, dim, out + h * dim, j > 0);
   }
+  if constexpr (kTwo) total = every_second(total + swap_pairs(total)), best = every_second(best);
   return {best, total};
 }
 

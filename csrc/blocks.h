@@ -95,7 +95,7 @@ struct ByTokens : LayerPass {
       if (entries <= m.index_topk) continue;
       float* scores = b.index_scores + w.id * kIndexRows * b.score_row;
       turn_index_queries(t0 + i, count, o.iq + i * width);
-      if (kShorts && choose_by_shorts(l, c, t0 + i, count, o.iq + i * width, entries, scores, o.pairs, o.factor, o.key_pairs))
+      if (kShorts && !m.bytes && choose_by_shorts(l, c, t0 + i, count, o.iq + i * width, entries, scores, o.pairs, o.factor, o.key_pairs))
         continue;
       score_entries(l, c, t0 + i, count, o.iq + i * width, 0, entries, scores);
       select_entries(l, t0 + i, count, scores);

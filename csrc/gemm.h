@@ -122,17 +122,10 @@ INLINE Vec join_sums(Vec a, Vec b) {
   if constexpr (kOfIntegers<T>) return reinterpret_cast<Vec>(reinterpret_cast<VecI>(a) + reinterpret_cast<VecI>(b));
   else return a + b;
 }
-#if UPWELL_INTEGER_DOTS
-#if defined(__aarch64__)
-constexpr uint32_t kAdded = 0;
-#else
-constexpr uint32_t kAdded = 128;  // to a weight: VNNI multiplies unsigned bytes by signed ones
-#endif
 INLINE VecQ weights_of(VecQ panel) { return panel ^ kAdded * 0x01010101; }
 INLINE Vec multiply_add(Vec sums, VecQ x, VecQ w) {  // sums of integers
   return reinterpret_cast<Vec>(dot_bytes(reinterpret_cast<VecI>(sums), x, w));
 }
-#endif
 
 // MR input rows times kTile weight rows, b [n, LDB]: lanes along the weight rows. U steps at once where MR alone leaves
 // the multipliers waiting for their own results. T: float, int32_t for pairs of BF16 (pairs.h), or uint32_t for four

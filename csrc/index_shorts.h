@@ -7,18 +7,6 @@
 
 #if defined(__x86_64__)
 constexpr bool kShorts = true;
-INLINE VecI dot_pairs(VecI sum, VecI a, VecI b) {  // sum + a.low b.low + a.high b.high, halves of each lane
-#if defined(UPWELL_VNNI)
-  return reinterpret_cast<VecI>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
-                                                    reinterpret_cast<__m512i>(b)));
-#elif VECTOR_BYTES == 64
-  return sum + reinterpret_cast<VecI>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif VECTOR_BYTES == 32
-  return sum + reinterpret_cast<VecI>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#else
-  return sum + reinterpret_cast<VecI>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
-#endif
-}
 #else
 constexpr bool kShorts = false;  // NEON multiplies as many FP32 as 16-bit numbers at a time
 INLINE VecI dot_pairs(VecI sum, VecI, VecI) { return sum; }

@@ -16,6 +16,38 @@ INLINE int64_t integer_rows(int64_t cols) {
 
 typedef int8_t EighthBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
+struct Steps {  // what an integer is worth, NaN of a row that isn't finite; its inverse, or 0
+  float step, up;
+};
+INLINE Steps steps_of(const float* x, int64_t n) {
+  VecI most{};
+  for (int64_t i = 0; i < n; i += kLanes) {  // magnitudes are in order as integers, inf and NaN above all
+    const VecI bits = reinterpret_cast<VecI>(load_at(x, i, n)) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  int32_t top = 0;
+  for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+  if (top >= 0x7f800000) return {__builtin_nanf(""), 0.0f};
+  float amax;
+  __builtin_memcpy(&amax, &top, 4);
+  amax = amax < 1e-30f ? 1e-30f : amax;
+  return {amax / 127, 127 / amax};
+}
+
+// x [n] as bytes, behind them zeros up to `padded`, a multiple of kLanes.
+INLINE RoundedRow round_bytes(const float* x, int64_t n, int64_t padded, int8_t* bytes) {
+  const Steps steps = steps_of(x, n);
+  VecI sum{};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const VecI integers = i < n && steps.up > 0.0f ? round_to_int(load_at(x, i, n) * steps.up) : VecI{};
+    sum += integers;
+    *reinterpret_cast<EighthBytes*>(bytes + i) = __builtin_convertvector(integers, EighthBytes);
+  }
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return {steps.step, total};
+}
+
 // x [t, n] into in.space. F: kInt8, bytes in their order; kInt4, of each 2 * VECTOR_BYTES columns the even ones first.
 template <int64_t F>
 static void lay_out_integers(Inputs& in, const float* x, int64_t ldx) {
@@ -24,43 +56,22 @@ static void lay_out_integers(Inputs& in, const float* x, int64_t ldx) {
   in.row_bytes = kHead + (UPWELL_INTEGER_DOTS ? padded : 4 * (n + kLanes));
   in.fits = true;
   for (int64_t c = 0; c < in.t; ++c, x += ldx) {
-    VecI most{};
-    for (int64_t i = 0; i < n; i += kLanes) {  // magnitudes are in order as integers, inf and NaN above all
-      const VecI bits = reinterpret_cast<VecI>(load_at(x, i, n)) & 0x7fffffff;
-      most = bits > most ? bits : most;
-    }
-    int32_t top = 0;
-    for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
-    float amax;
-    __builtin_memcpy(&amax, &top, 4);
-    const bool finite = top < 0x7f800000;
-    amax = amax < 1e-30f ? 1e-30f : amax;
     char* row = in.space + c * in.row_bytes;
     auto* head = reinterpret_cast<RoundedRow*>(row);
-    head->step = finite ? amax / 127 : __builtin_nanf("");
-    const float up = finite ? 127 / amax : 0.0f;
-    VecI sum{};
     auto* bytes = reinterpret_cast<int8_t*>(row + kHead);
 #if UPWELL_INTEGER_DOTS
-    for (int64_t i = 0; i < padded; i += chunk) {
-      alignas(64) int8_t wholes[chunk] = {};
-      int8_t* out = F == kInt4 ? wholes : bytes + i;
-      for (int64_t k = 0; k < chunk; k += kLanes) {
-        const VecI whole = i + k < n && finite ? round_to_int(load_at(x, i + k, n) * up) : VecI{};
-        sum += whole;
-        *reinterpret_cast<EighthBytes*>(out + k) = __builtin_convertvector(whole, EighthBytes);
-      }
-      if (F == kInt4)
-        for (int64_t k = 0; k < chunk / 2; ++k) bytes[i + k] = wholes[2 * k], bytes[i + chunk / 2 + k] = wholes[2 * k + 1];
+    *head = round_bytes(x, n, padded, bytes);
+    for (int64_t i = 0; F == kInt4 && i < padded; i += chunk) {
+      int8_t wholes[chunk];
+      __builtin_memcpy(wholes, bytes + i, chunk);
+      for (int64_t k = 0; k < chunk / 2; ++k) bytes[i + k] = wholes[2 * k], bytes[i + chunk / 2 + k] = wholes[2 * k + 1];
     }
 #else
+    const Steps steps = steps_of(x, n);
+    *head = {steps.step, 0};
     auto* out = reinterpret_cast<float*>(bytes);
-    for (int64_t i = 0; i < n; i += kLanes)
-      store(out + i, finite ? __builtin_convertvector(round_to_int(load_at(x, i, n) * up), Vec) : zero());
+    for (int64_t i = 0; i < n; i += kLanes) store(out + i, steps.up > 0.0f ? whole(round_to_int(load_at(x, i, n) * steps.up)) : zero());
 #endif
-    int32_t total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-    head->sum = total;
   }
 }
 
@@ -160,8 +171,6 @@ static void integer_rows_product(const Matrix& m, int64_t first, int width, cons
   }
 }
 #else
-INLINE Vec whole(VecI v) { return __builtin_convertvector(v, Vec); }
-
 // kTile rows of a panel from row `first` on, as they are, in FP32: tile [cols, kTile].
 static void quads_tile(const Matrix& m, int64_t first, float* tile) {
   const auto* panel = static_cast<const int32_t*>(panel_of(m, first));

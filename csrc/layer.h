@@ -80,6 +80,7 @@ struct LayerPass {
     rms_norm(qa, qa, l.q_norm, m.q_rank, float(m.norm_eps));
     rms_norm(kv, kv, l.kv_norm, m.dim, float(m.norm_eps));
     rotate(kv + m.dim - m.rope, turn(l, t), m.rope, 1.0f);
+    if (m.bytes) round_to_row(kv, m.dim, b.kv_bytes + t * byte_row(m.dim));
     if (l.ratio) compress_gate(l.compressor, b.cgate, t);
     if (!l.has_index) return;
     compress_gate(l.index_compressor, b.igate, t);
@@ -96,7 +97,8 @@ struct LayerPass {
   // One entry of a sequence, from this call's tokens and the tail's, written to its row of the pool.
   void pool_entry(const Compressor& c, const Sequence& s, int64_t entry, const float* kv, const float* gate,
                   const float* tail_kv, const float* tail_gate, int64_t ring, float* pool) {
-    float* out = pool + RowsOfPool(s.table, call.block_tokens / c.ratio)(entry) * c.dim;
+    const int64_t row_of_pool = RowsOfPool(s.table, call.block_tokens / c.ratio)(entry);
+    float* out = m.bytes ? b.entry : pool + row_of_pool * c.dim;
     const bool overlap = c.width == 2 * c.dim;
     const int64_t first = overlap && entry > 0 ? (entry - 1) * c.ratio : entry * c.ratio, end = (entry + 1) * c.ratio;
     auto row = [&](const float* fresh, const float* tail, int64_t j) {
@@ -122,6 +124,7 @@ struct LayerPass {
     float at[1024];
     angles(entry * c.ratio, m.compress_freqs, at);
     rotate(out + c.dim - m.rope, at, m.rope, 1.0f);
+    if (m.bytes) round_to_row(out, c.dim, reinterpret_cast<char*>(pool) + row_of_pool * byte_row(c.dim));
   }
 
   void pool_all(const Compressor& c, const float* kv, const float* gate, const float* tail_kv, const float* tail_gate,
@@ -155,13 +158,18 @@ struct LayerPass {
       __builtin_memcpy(tail_gate + to, gate + from, sizeof(float) * size_t(c.width));
     }
   }
+  int64_t latent_row() { return m.bytes ? byte_row(m.dim) : m.dim * int64_t(sizeof(float)); }
+  char* window_of(const LayerCache& c, const Sequence& s) {
+    return reinterpret_cast<char*>(c.window) + s.slot * m.window * latent_row();
+  }
   // The window's ring and the tails, once no one reads their old rows any more.
   void keep(const Layer& l, const LayerCache& c) {
     w.units(call.sequence_count, [&](int64_t i) {
       const Sequence& s = call.sequences[i];
+      const int64_t row = latent_row();
+      const char* fresh = m.bytes ? b.kv_bytes : reinterpret_cast<const char*>(b.kv);
       for (int64_t j = max64(s.start, s.start + s.length - m.window); j < s.start + s.length; ++j)
-        __builtin_memcpy(c.window + (s.slot * m.window + j % m.window) * m.dim, b.kv + (s.row + j - s.start) * m.dim,
-                         sizeof(float) * size_t(m.dim));
+        __builtin_memcpy(window_of(c, s) + j % m.window * row, fresh + (s.row + j - s.start) * row, size_t(row));
       if (l.ratio) keep_tail(l.compressor, s, b.ckv, b.cgate, c.tail_kv, c.tail_gate, c.tail_ring);
       if (l.has_index)
         keep_tail(l.index_compressor, s, b.ikv, b.igate, c.index_tail_kv, c.index_tail_gate, c.index_tail_ring);
@@ -174,6 +182,10 @@ struct LayerPass {
                      int64_t e1, float* scores) {
     const int64_t n = m.index_heads, dim = m.index_dim;
     const RowsOfPool row(sequence(t0).table, call.block_tokens / l.ratio);
+    if (m.bytes) {
+      score_bytes(c, row, t0, count, iq, e0, e1, scores);
+      return;
+    }
     for (int64_t e = e0; e < e1; e += kTile) {
       const int keys = int(min64(e1 - e, kTile));
       for (int r = 0; r < keys; ++r) {
@@ -183,6 +195,29 @@ struct LayerPass {
       key_tile(b.pointers, keys, dim, b.tile);
       for (int64_t i = 0; i < count; ++i)
         index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * b.score_row + e);
+    }
+  }
+  void score_bytes(const LayerCache& c, const RowsOfPool& row, int64_t t0, int64_t count, const float* iq, int64_t e0,
+                   int64_t e1, float* scores) {
+    const int64_t n = m.index_heads, dim = m.index_dim, size = byte_row(dim), fours = (dim + 3) / 4;
+    for (int64_t i = 0; i < count * n; ++i) {
+      round_to_row(iq + i * dim, dim, b.index_bytes + i * size);
+      b.index_factor[i] = b.iweights[t0 * n + i] * head_of(bytes_of(b.index_bytes + i * size)).step;
+    }
+    auto* tile = reinterpret_cast<uint32_t*>(b.tile);
+    for (int64_t e = e0; e < e1; e += kTile) {
+      const int keys = int(min64(e1 - e, kTile));
+      float step[kTile] = {};
+      for (int r = 0; r < keys; ++r) {
+        const uint32_t* key = bytes_of(reinterpret_cast<const char*>(c.index_keys) + row(e + r) * size);
+        b.pointers[r] = reinterpret_cast<const float*>(key);
+        step[r] = head_of(key).step;
+      }
+      key_tile(b.pointers, keys, fours, b.tile);
+      for (int64_t k = 0; kAdded && k < fours * kTile; k += kLanes) store(tile + k, weights_of(load(tile + k)));
+      for (int64_t i = 0; i < count; ++i)
+        byte_tile(bytes_of(b.index_bytes + i * n * size), size / 4, b.index_factor + i * n, n, fours, tile, step,
+                  scores + i * b.score_row + e);
     }
   }
   // The same choice as score_entries and select_entries, by way of 16-bit scores (index_shorts.h): sets b.picks.
@@ -322,22 +357,75 @@ struct LayerPass {
     return read;
   }
 
+  // The same of caches in INT8, whose rows are read as they lie; the columns that the thread's last query had are kept.
+  RowsRead<uint32_t> byte_rows(const Layer& l, const LayerCache& c, int64_t t) {
+    KeptColumns& k = b.kept_columns;
+    const Sequence& s = sequence(t);
+    const int64_t p = position(t), slots = byte_slots(m.window), used = min64(slots, byte_slots(p + 1));
+    const int64_t size = byte_row(m.dim), columns = byte_columns(m.dim), first = max64(0, p - m.window + 1);
+    const bool known = k.layer == &l && k.sequence == &s && k.position <= p;
+    const bool ours = known && p - k.position < m.window;  // and some of its window is ours
+    const int64_t fresh = ours ? k.position + 1 : first;
+    RowsRead<uint32_t> read{k.row_at, k.columns_at, used};
+    auto join = [&](int64_t slot, const uint32_t* const* rows) { join_four(rows, columns, k.columns + slot / 4 * columns); };
+    const char *old = window_of(c, s), *own = b.kv_bytes + s.row * size;
+    int64_t slot = fresh % slots, place = fresh % m.window;
+    for (int64_t j = fresh; j <= p; ++j) {
+      k.row_at[slot] = bytes_of(j < s.start ? old + place * size : own + (j - s.start) * size);
+      if (++slot == slots) slot = 0;
+      if (++place == m.window) place = 0;
+    }
+    for (int64_t j = p + 1; j < p + 4; ++j) {  // slots of what has left the window, or is yet to come
+      if (slot < used && j - slots < first) k.row_at[read.hides[read.hidden++] = slot] = bytes_of(own + (p - s.start) * size);
+      if (++slot == slots) slot = 0;
+    }
+    if (p - fresh + 1 >= slots - 3) {
+      for (int64_t i = 0; i < used; i += 4) join(i, k.row_at + i);
+    } else {
+      slot = fresh % slots;
+      for (int64_t j = fresh; j <= p; ++j) {
+        if (j == p || slot % 4 == 3) join(slot / 4 * 4, k.row_at + slot / 4 * 4);
+        if (++slot == slots) slot = 0;
+      }
+    }
+
+    const int64_t seen = visible(l, t);
+    const bool picked = l.has_index && seen > m.index_topk;
+    const int64_t entries = picked ? m.index_topk : seen, padded = byte_slots(entries);
+    int64_t begin = 0;  // those before it are there: all that were visible, or the same query's picks
+    if (known && l.ratio && !picked) begin = (k.position + 1) / l.ratio;
+    if (known && picked && k.position == p) begin = entries;
+    const RowsOfPool row(s.table, call.block_tokens / max64(1, l.ratio));
+    const int32_t* picks = b.picks + t * m.index_topk;
+    const char* pool = reinterpret_cast<const char*>(c.entries);
+    const uint32_t** at = k.row_at + used;
+    for (int64_t e = 0; e < entries; ++e) at[e] = bytes_of(pool + row(picked ? picks[e] : e) * size);
+    for (int64_t e = entries; e < padded; ++e) at[e] = k.row_at[p % slots], read.hides[read.hidden++] = used + e;
+    if (begin < entries)
+      for (int64_t e = begin / 4 * 4; e < entries; e += 4) join(slots + e, at + e);
+    read.n += padded;
+    for (int64_t i = 0; i < read.n; i += 4) k.columns_at[i / 4] = k.columns + (i < used ? i : slots + i - used) / 4 * columns;
+    k.layer = &l, k.sequence = &s, k.position = p;
+    return read;
+  }
+
   // The window of token t, where that isn't the window of the token before.
-  Coming window_of(const LayerCache& c, int64_t t) {
+  Coming coming_window(const LayerCache& c, int64_t t) {
     const Sequence& s = sequence(t);
     if (s.row != t) return {};
-    const char* at = reinterpret_cast<const char*>(c.window + s.slot * m.window * m.dim);
-    return {at, at + min64(s.start, m.window) * m.dim * int64_t(sizeof(float))};
+    const char* at = window_of(c, s);
+    return {at, at + min64(s.start, m.window) * latent_row()};
   }
 
   // f(the rows that token t reads). next: the token after it, or t.
   template <class F>
   void with_rows(const Layer& l, const LayerCache& c, int64_t t, int64_t next, F f) {
     auto with = [&](auto read) {
-      if (next != t) read.coming = window_of(c, next);
+      if (next != t) read.coming = coming_window(c, next);
       f(read);
     };
-    if (UPWELL_BF16_DOTS && m.rounds) with(keep_rows(l, c, t));
+    if (m.bytes) with(byte_rows(l, c, t));
+    else if (UPWELL_BF16_DOTS && m.rounds) with(keep_rows(l, c, t));
     else with(read_rows(l, c, t));
   }
 

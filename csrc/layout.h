@@ -61,11 +61,12 @@ struct Model {
   int64_t sinkhorn_iters, vocab, csa_ratio;
   int64_t rounds;     // 1: products round inputs to BF16 (packed.h: Inputs::rounds)
   int64_t by_tokens;  // 1: weights are panels, a layer's dense ones fit the CPU's cache (blocks.h)
+  int64_t bytes;      // 1: caches hold windows, entries and index keys in INT8 (attention_bytes.h)
   double hc_eps, norm_eps, swiglu_limit, routed_scaling;
   const float *freqs, *compress_freqs;
 };
 
-struct LayerCache {
+struct LayerCache {  // window, entries and index_keys: FP32, or rows of bytes (Model::bytes)
   float *window, *entries, *tail_kv, *tail_gate, *index_keys, *index_tail_kv, *index_tail_gate;
   int64_t tail_ring, index_tail_ring;
 };

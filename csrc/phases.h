@@ -123,8 +123,8 @@ struct ByWeights : LayerPass {
           attend_heads(l, t, q, head, read, out);
           return;
         }
-        const int64_t part = u % parts, pairs = (read.n + 1) / 2;  // of rows, which mustn't be cut apart
-        const int64_t first = pairs * part / parts * 2, end = min64(read.n, pairs * (part + 1) / parts * 2);
+        const int64_t part = u % parts, fours = (read.n + 3) / 4;  // of rows, which mustn't be cut apart
+        const int64_t first = fours * part / parts * 4, end = min64(read.n, fours * (part + 1) / parts * 4);
         float* mine = b.parts + split * kMostParts * (d + 2) * kLanes;
         float* own = mine + part * (d + 2) * kLanes;
         query_lanes(q, heads, d, float(m.norm_eps), turn(l, t), m.rope, b.qt);

@@ -2,6 +2,8 @@
 #include "requantize.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 extern "C" const char* upwell_isa();

@@ -26,6 +26,8 @@ INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 INLINE VecI load(const int32_t* p) { return reinterpret_cast<VecI>(load(reinterpret_cast<const float*>(p))); }
 INLINE VecQ load(const uint32_t* p) { return reinterpret_cast<VecQ>(load(reinterpret_cast<const float*>(p))); }
 INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+INLINE void store(uint32_t* p, VecQ v) { store(reinterpret_cast<float*>(p), reinterpret_cast<Vec>(v)); }
+INLINE Vec whole(VecI v) { return __builtin_convertvector(v, Vec); }
 template <class T>
 using Lanes = decltype(load(static_cast<const T*>(nullptr)));
 // v, from here on in a register: the compiler would rather read it again from memory for each use.
@@ -55,22 +57,48 @@ INLINE Vec multiply_add(Vec acc, VecI x, VecI w) {
   return acc + reinterpret_cast<Vec>(x & int32_t(0xffff0000)) * reinterpret_cast<Vec>(w & int32_t(0xffff0000));
 #endif
 }
-#if UPWELL_INTEGER_DOTS
-// Of lanes that hold four bytes each, w's as `weights_of` has them (gemm.h): their products, summed in lanes of 32-bit integers.
-INLINE VecI dot_bytes(VecI sums, VecQ x, VecQ w) {
-#if defined(__aarch64__)
-  return VecI(vdotq_s32(int32x4_t(sums), vreinterpretq_s8_u32(uint32x4_t(x)), vreinterpretq_s8_u32(uint32x4_t(w))));
+#if defined(__x86_64__)
+INLINE VecI dot_pairs(VecI sum, VecI a, VecI b) {  // sum + a.low b.low + a.high b.high, 16-bit halves of each lane
+#if defined(UPWELL_VNNI)
+  return reinterpret_cast<VecI>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
+                                                    reinterpret_cast<__m512i>(b)));
+#elif VECTOR_BYTES == 64
+  return sum + reinterpret_cast<VecI>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif VECTOR_BYTES == 32
+  return sum + reinterpret_cast<VecI>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #else
-  return reinterpret_cast<VecI>(
-      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+  return sum + reinterpret_cast<VecI>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #endif
 }
 #endif
+#if defined(UPWELL_VNNI)
+constexpr uint32_t kAdded = 128;  // to one side's bytes: VNNI multiplies unsigned ones by signed ones
+#else
+constexpr uint32_t kAdded = 0;
+#endif
+// Of lanes that hold four bytes each: their products, summed in lanes of 32-bit integers. w's have kAdded added.
+INLINE VecI dot_bytes(VecI sums, VecQ x, VecQ w) {
+#if defined(UPWELL_VNNI)
+  return reinterpret_cast<VecI>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+#elif UPWELL_INTEGER_DOTS
+  return VecI(vdotq_s32(int32x4_t(sums), vreinterpretq_s8_u32(uint32x4_t(x)), vreinterpretq_s8_u32(uint32x4_t(w))));
+#elif defined(__aarch64__)
+  const int8x16_t a = vreinterpretq_s8_u32(uint32x4_t(x)), b = vreinterpretq_s8_u32(uint32x4_t(w));
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_s8(vget_high_s8(a), vget_high_s8(b));
+  return sums + VecI(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#else
+  typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
+  const Shorts a = reinterpret_cast<Shorts>(x), b = reinterpret_cast<Shorts>(w);
+  auto lanes = [](Shorts v) { return reinterpret_cast<VecI>(v); };
+  return dot_pairs(dot_pairs(sums, lanes(a << 8 >> 8), lanes(b << 8 >> 8)), lanes(a >> 8), lanes(b >> 8));
+#endif
+}
 template <class T>  // float, or int32_t: pairs
 constexpr bool kOfPairs = false;
 template <>
 constexpr bool kOfPairs<int32_t> = true;
-template <class T>  // uint32_t: four integers
+template <class T>  // uint32_t: four integers, a byte each
 constexpr bool kOfIntegers = false;
 template <>
 constexpr bool kOfIntegers<uint32_t> = true;
@@ -342,6 +370,10 @@ INLINE Vec take_turns(Vec a, Vec b) {
   for (int i = 1; i < kLanes; i += 2) odd[i] = -1;
   return select(odd, b, a);
 }
+INLINE VecI swap_pairs(VecI v) { return reinterpret_cast<VecI>(swap_pairs(reinterpret_cast<Vec>(v))); }
+INLINE VecI take_turns(VecI a, VecI b) {
+  return reinterpret_cast<VecI>(take_turns(reinterpret_cast<Vec>(a), reinterpret_cast<Vec>(b)));
+}
 // Every second lane from the first on, in both halves.
 INLINE Vec every_second(Vec v) {
   const Vec in[2] = {v, v};
@@ -349,6 +381,7 @@ INLINE Vec every_second(Vec v) {
   every_pth<2>(in, apart);
   return apart[0];
 }
+INLINE VecI every_second(VecI v) { return reinterpret_cast<VecI>(every_second(reinterpret_cast<Vec>(v))); }
 
 // One bit a lane: whether the mask is set there.
 INLINE unsigned lane_bits(VecI mask) {

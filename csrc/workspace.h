@@ -7,9 +7,13 @@ struct Buffers {
   int64_t score_row;  // floats of one query's index scores
   int64_t* load = nullptr;  // of the layer, null: not counted
   int32_t *picks, *route, *order, *pair_of, *group_start, *active, *sequence_of, *finished;
+  char* kv_bytes;  // kv as rows of bytes
   float *tile, *rows_buffer, *qt, *probs, *index_q;  // of one thread from here on
   const float** pointers;
   KeptRows kept;
+  KeptColumns kept_columns;
+  float *entry, *index_factor;
+  char* index_bytes;  // queries of the indexer
   Inputs inputs;
 };
 
@@ -34,6 +38,7 @@ static void take_shared(Bump& at, Buffers& b, const Model& m, int64_t tokens, in
   at.take(b.x, tokens * m.hidden);
   at.take(b.qa, tokens * m.q_rank);
   at.take(b.kv, tokens * d);
+  at.take(b.kv_bytes, m.bytes ? tokens * byte_row(d) : 0);
   at.take(b.ckv, tokens * 2 * d);
   at.take(b.cgate, tokens * 2 * d);
   at.take(b.ikv, tokens * 2 * m.index_dim);
@@ -66,7 +71,14 @@ static void take_own(Bump& at, Buffers& b, const Model& m, int64_t entries) {
   at.take(b.qt, (m.dim + kLanes) * kLanes);
   at.take(b.probs, (keys + 8) * kLanes);
   at.take(b.pointers, keys + 8);
-  if (m.rounds && UPWELL_BF16_DOTS) {
+  if (m.bytes) {
+    at.take(b.kept_columns.columns, (keys + 16) / 4 * byte_columns(m.dim));
+    at.take(b.kept_columns.row_at, keys + 16);
+    at.take(b.kept_columns.columns_at, keys / 4 + 8);
+    at.take(b.entry, max64(m.dim, m.index_dim));
+    at.take(b.index_factor, kIndexRows * m.index_heads);
+    at.take(b.index_bytes, kIndexRows * m.index_heads * byte_row(m.index_dim));
+  } else if (m.rounds && UPWELL_BF16_DOTS) {
     const int64_t pairs = row_pairs(m.dim);
     at.take(b.kept.rows, (keys + 8) * pairs);
     at.take(b.kept.columns, (keys + 8) * pairs);

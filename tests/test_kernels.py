@@ -40,7 +40,7 @@ def outputs(model: Transformer, ids: Tensor, cuts: list[int]) -> tuple[Tensor, K
     """Logits [B, S, V] by chunks of `cuts` tokens, sequences in scattered slots and blocks."""
     batch, total = ids.shape
     per = -(-total // 256)
-    cache = KVCache(model.config, per * batch, batch + 1, torch.float32)
+    cache = model.new_cache(per * batch, batch + 1)
     tables = [list(range(b, per * batch, batch)) for b in range(batch)]
     slots = [batch - b for b in range(batch)]
     parts, at = [], 0

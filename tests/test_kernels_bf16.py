@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,23 +128,36 @@ def plain_attention(q: Tensor, keys: Tensor, hidden: Tensor, sink: Tensor) -> Te
     return torch.einsum("bshn,bnd->bshd", on_pairs(probs), on_pairs(keys)) / total
 
 
-def plain_selected(q: Tensor, keys: Tensor, hidden: Tensor, entries: Tensor, picks: Tensor, sink: Tensor) -> Tensor:
-    steps = []
-    for s in range(q.shape[1]):
-        chosen = attention.gather_entries(entries, picks[:, s : s + 1].clamp(min=0))[:, 0]
-        out = []
-        for b in range(len(q)):
-            not_these = torch.cat((hidden[s], picks[b, s] < 0)).unsqueeze(0)
-            own = torch.cat((keys[b], chosen[b])).unsqueeze(0)
-            out.append(plain_attention(q[b : b + 1, s : s + 1], own, not_these, sink))
-        steps.append(torch.cat(out))
-    return torch.cat(steps, 1)
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def plain_step(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> Tensor:
-    scaled = q.unsqueeze(1) * q.shape[-1] ** -0.5
-    each = zip(scaled.unsqueeze(1), keys.unsqueeze(1), valid.unsqueeze(1), strict=True)
-    return torch.cat([plain_attention(a, b, ~ok, sink) for a, b, ok in each]).squeeze(1)
+def selected_by(attend: Attend) -> Callable[..., Tensor]:
+    """attention._attend_selected, each query's rows by `attend`."""
+
+    def selected(q: Tensor, keys: Tensor, hidden: Tensor, entries: Tensor, picks: Tensor, sink: Tensor) -> Tensor:
+        steps = []
+        for s in range(q.shape[1]):
+            chosen = attention.gather_entries(entries, picks[:, s : s + 1].clamp(min=0))[:, 0]
+            out = []
+            for b in range(len(q)):
+                not_these = torch.cat((hidden[s], picks[b, s] < 0)).unsqueeze(0)
+                own = torch.cat((keys[b], chosen[b])).unsqueeze(0)
+                out.append(attend(q[b : b + 1, s : s + 1], own, not_these, sink))
+            steps.append(torch.cat(out))
+        return torch.cat(steps, 1)
+
+    return selected
+
+
+def step_by(attend: Attend) -> Callable[..., Tensor]:
+    """attention.attend_step, each sequence's rows by `attend`."""
+
+    def step(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> Tensor:
+        scaled = q.unsqueeze(1) * q.shape[-1] ** -0.5
+        each = zip(scaled.unsqueeze(1), keys.unsqueeze(1), valid.unsqueeze(1), strict=True)
+        return torch.cat([attend(a, b, ~ok, sink) for a, b, ok in each]).squeeze(1)
+
+    return step
 
 
 def plain(model: Transformer, ids: Tensor, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -153,9 +167,9 @@ def plain(model: Transformer, ids: Tensor, cuts: list[int], monkeypatch: pytest.
         patch.setattr(compiled, "plan", lambda model, step=None, heads=False: None)
         patch.setattr(layers, "linear", plain_linear)
         patch.setattr(attention, "_attend_block", plain_attention)
-        patch.setattr(attention, "_attend_selected", plain_selected)
-        patch.setattr(attention, "attend_step", plain_step)
-        patch.setattr(model_attention, "attend_step", plain_step)
+        patch.setattr(attention, "_attend_selected", selected_by(plain_attention))
+        patch.setattr(attention, "attend_step", step_by(plain_attention))
+        patch.setattr(model_attention, "attend_step", step_by(plain_attention))
         patch.setattr(moe, "grouped_experts", plain_experts)
         patch.setattr(torch, "bmm", lambda a, b: bmm(rounded(a), rounded(b)) if len(a) == groups else bmm(a, b))
         return outputs(model, ids, cuts)[0]

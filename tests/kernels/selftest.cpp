@@ -12,8 +12,11 @@
 namespace upwell {
 #include "../../csrc/simd.h"
 #include "../../csrc/gemm.h"
+#include "../../csrc/attention_bytes.h"
 #include "../../csrc/attention.h"
 #include "../../csrc/attention_pairs.h"
+#include "../../csrc/indexer.h"
+#include "../../csrc/index_bytes.h"
 }  // namespace upwell
 
 using namespace upwell;
@@ -259,6 +262,24 @@ void check_attention(int heads, int64_t dim, int64_t rope, int64_t n) {
   }
   attend_query(q.data(), heads, dim, 1e-6f, turn.data(), rope, sink.data(),
                RowsRead<int32_t>{at.data(), columns.data(), even, int(even - n), {n}}, qt.data(), scores.data(), rough.data());
+  // In INT8, with up to three rows too many.
+  const int64_t fours = (n + 3) / 4 * 4, size = byte_row(dim), columns_of_bytes = byte_columns(dim);
+  std::vector<char> bytes(size_t(fours * size));
+  std::vector<uint32_t> four(size_t(fours / 4 * columns_of_bytes));
+  std::vector<const uint32_t*> byte_at, byte_columns_at;
+  RowsRead<uint32_t> read{nullptr, nullptr, fours};
+  for (int64_t j = 0; j < fours; ++j) {
+    round_to_row(pointers[size_t(j < n ? j : 0)], dim, &bytes[size_t(j * size)]);
+    byte_at.push_back(bytes_of(&bytes[size_t(j * size)]));
+    if (j >= n) read.hides[read.hidden++] = j;
+  }
+  for (int64_t j = 0; j < fours; j += 4) {
+    byte_columns_at.push_back(&four[size_t(j / 4 * columns_of_bytes)]);
+    join_four(&byte_at[size_t(j)], columns_of_bytes, &four[size_t(j / 4 * columns_of_bytes)]);
+  }
+  read.rows = byte_at.data(), read.columns = byte_columns_at.data();
+  std::vector<float> byte_scores(size_t((fours + 2) * kLanes)), coarse(out);
+  attend_query(q.data(), heads, dim, 1e-6f, turn.data(), rope, sink.data(), read, qt.data(), byte_scores.data(), coarse.data());
   for (int h = 0; h < heads; ++h) {
     std::vector<double> query(static_cast<size_t>(dim));
     double square = 0;
@@ -287,6 +308,64 @@ void check_attention(int heads, int64_t dim, int64_t rope, int64_t n) {
       expect(std::fabs(out[size_t(h * dim + k)] - weighed[size_t(k)]) < 1e-5, "attention", out[size_t(h * dim + k)], weighed[size_t(k)]);
     for (int64_t k = 0; k < dim; ++k)
       expect(std::fabs(rough[size_t(h * dim + k)] - weighed[size_t(k)]) < 2e-2, "in BF16", rough[size_t(h * dim + k)], weighed[size_t(k)]);
+    for (int64_t k = 0; k < dim; ++k)
+      expect(std::fabs(coarse[size_t(h * dim + k)] - weighed[size_t(k)]) < 4e-2, "in INT8", coarse[size_t(h * dim + k)], weighed[size_t(k)]);
+  }
+}
+
+// Bytes times bytes at their extremes, exactly; and the indexer over a tile of rows of them.
+void check_bytes(int64_t heads, int64_t dim) {
+  uint32_t x[kLanes], w[kLanes];
+  int32_t sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    int8_t a[4], b[4];
+    sums[i] = i - 3;
+    for (int k = 0; k < 4; ++k) {
+      a[k] = int8_t(i == 0 ? -128 : i == 1 ? 127 : int(generator() % 256) - 128);
+      b[k] = int8_t(i < 2 ? -127 : int(generator() % 255) - 127);
+      sums[i] += a[k] * (b[k] + int(kAdded));
+    }
+    std::memcpy(&x[i], a, 4), std::memcpy(&w[i], b, 4);
+  }
+  const VecQ ws = weights_of(load(w));
+  VecI from{};
+  for (int i = 0; i < kLanes; ++i) from[i] = i - 3;
+  const VecI got = dot_bytes(from, load(x), ws);
+  for (int i = 0; i < kLanes; ++i) expect(got[i] == sums[i], "bytes", got[i], sums[i]);
+
+  const int64_t size = byte_row(dim), count = (dim + 3) / 4;
+  std::vector<float> q(size_t(heads * dim)), keys(size_t(kTile * dim)), weights(static_cast<size_t>(heads)), factor(weights);
+  for (auto& v : q) v = float(normal());
+  for (auto& v : keys) v = float(normal());
+  for (auto& v : weights) v = float(normal());
+  std::vector<char> queries(size_t(heads * size)), rows(size_t(kTile * size));
+  std::vector<const float*> pointers;
+  float step[kTile], out[kTile];
+  std::vector<float> tile(size_t((count + kLanes) * kTile));
+  for (int64_t h = 0; h < heads; ++h) {
+    round_to_row(&q[size_t(h * dim)], dim, &queries[size_t(h * size)]);
+    factor[size_t(h)] = weights[size_t(h)] * head_of(bytes_of(&queries[size_t(h * size)])).step;
+  }
+  for (int r = 0; r < kTile; ++r) {
+    round_to_row(&keys[size_t(r * dim)], dim, &rows[size_t(r * size)]);
+    pointers.push_back(reinterpret_cast<const float*>(bytes_of(&rows[size_t(r * size)])));
+    step[r] = head_of(bytes_of(&rows[size_t(r * size)])).step;
+  }
+  key_tile(pointers.data(), kTile, count, tile.data());
+  auto* four = reinterpret_cast<uint32_t*>(tile.data());
+  for (int64_t k = 0; k < count * kTile; k += kLanes) store(four + k, weights_of(load(four + k)));
+  byte_tile(bytes_of(queries.data()), size / 4, factor.data(), heads, count, four, step, out);
+  for (int r = 0; r < kTile; ++r) {
+    double score = 0, most = 0;
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t sum = 0;
+      for (int64_t k = 0; k < dim; ++k)
+        sum += int64_t(reinterpret_cast<const int8_t*>(bytes_of(&queries[size_t(h * size)]))[k]) *
+               reinterpret_cast<const int8_t*>(bytes_of(&rows[size_t(r * size)]))[k];
+      score += double(factor[size_t(h)]) * double(sum > 0 ? sum : 0) * step[r];
+      most += std::fabs(double(factor[size_t(h)]) * double(sum) * step[r]);
+    }
+    expect(std::fabs(out[r] - score) <= 1e-5 * most, "index scores of bytes", out[r], score);
   }
 }
 
@@ -345,6 +424,7 @@ int main(int count, char** arguments) {
   for (int heads : {1, 3, 4, 5, kLanes})
     if (heads <= kLanes) check_attention(heads, 20 + 4 * heads, 8, 5 + 11 * heads);
   check_attention(kLanes, 512, 64, 130);
+  for (int64_t heads : {1, 4, 7}) check_bytes(heads, 13 * heads), check_bytes(heads, 128);
   std::printf("%d checks, %d failed (vectors of %d bytes, %s%s)\n", checks, failures, VECTOR_BYTES,
               UPWELL_BYTE_DOTS ? "FP4 by bytes" : "FP4 by floats", UPWELL_BF16_DOTS ? ", dot products of BF16" : "");
   return failures != 0;

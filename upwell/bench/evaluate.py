@@ -35,6 +35,7 @@ class Evaluation:
     stride: int | None = None  # None: half the window
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None  # None: FP32 on the CPU, the checkpoint's own elsewhere
+    kv_cache_dtype: torch.dtype | None = None  # None: the model's; INT8
 
 
 def evaluate(
@@ -66,6 +67,7 @@ def evaluate(
         held, products = precision(device, job.dtype, "exact")
         model = load_model(path, dtype=held, device=device)
         model.multiply_in(products)
+        model.cache_in(job.kv_cache_dtype)
         tokenizer = Tokenizer.from_directory(path)
         if tokenizer is None:
             raise CheckpointError(f"{path}: has no tokenizer.json", "put the model's own beside its weights")

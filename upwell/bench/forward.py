@@ -20,7 +20,7 @@ from upwell.bench.record import speed_row
 from upwell.checkpoint import save_checkpoint
 from upwell.config import BLOCK_TOKENS
 from upwell.errors import InputError
-from upwell.model import KVCache, Step, Transformer
+from upwell.model import Step, Transformer
 
 CHUNK = 512  # prompt tokens a forward, for both
 
@@ -63,7 +63,7 @@ class Ours:
         """How to go on from ids, and the logits after them, with a cache for `tokens`."""
         batch, length = ids.shape
         each = -(-tokens // BLOCK_TOKENS)
-        cache = KVCache(self.model.config, batch * each, batch, self.model.dtype, self.model.device)
+        cache = self.model.new_cache(batch * each, batch)
         tables = [list(range(b * each, (b + 1) * each)) for b in range(batch)]
 
         def extend(new: Tensor, start: int) -> Tensor:

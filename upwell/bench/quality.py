@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upwell.bench.documents import Document
 from upwell.config import BLOCK_TOKENS
-from upwell.model import KVCache, Step, Transformer
+from upwell.model import Step, Transformer
 from upwell.model.layers import Linear
 
 CHUNK = 512  # tokens a forward
@@ -43,7 +43,7 @@ class Predictions:
 def predict(model: Transformer, documents: Sequence[Document]) -> Predictions:
     """Run the documents through the model, each from an empty cache, in chunks: memory is that of one sequence."""
     blocks = -(-max(len(document.ids) for document in documents) // BLOCK_TOKENS)
-    cache = KVCache(model.config, blocks, 1, model.dtype, model.device)
+    cache = model.new_cache(blocks, 1)
     inputs = []
     for document in documents:
         parts = []

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from upwell.cli.model_flags import add_kv_cache_flag
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -25,18 +27,20 @@ def add_parser(commands: Any) -> None:
                         help="nano's test set: benchmarks/questions of a checkout; its judge.py is run")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
     parser.add_argument("--dtype", default="auto", help="as `upwell serve` takes it (default: auto)")
+    add_kv_cache_flag(parser)
     parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from upwell.bench.evaluate import Evaluation, describe, evaluate
     from upwell.bench.record import result
-    from upwell.devices import resolve_device, resolve_dtype
+    from upwell.devices import resolve_device, resolve_dtype, resolve_kv_cache_dtype
     from upwell.engine.llm import nano_path
 
     job = Evaluation(
         arguments.models or [nano_path()], arguments.against, arguments.data, arguments.questions, arguments.window,
         arguments.stride, resolve_device(arguments.device), resolve_dtype(arguments.dtype),
+        resolve_kv_cache_dtype(arguments.kv_cache_dtype),
     )  # fmt: skip
     record: dict[str, Any] = {}
 

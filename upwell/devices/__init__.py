@@ -43,6 +43,13 @@ def resolve_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def resolve_kv_cache_dtype(name: str) -> torch.dtype | None:
+    """None of 'auto': the model's dtype; 'int8'. Raises InputError."""
+    if name not in ("auto", "int8"):
+        raise InputError(f"no KV cache dtype {name!r}", "KV cache dtypes: auto, int8")
+    return torch.int8 if name == "int8" else None
+
+
 def dtype_on(device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
     """The dtype asked for; where none was, FP32 on a CPU, which is what its kernels compute in (packed weights and
     large BF16 ones stay as they are), and None, the checkpoint's own, elsewhere."""

@@ -23,7 +23,7 @@ def fingerprint(model: Transformer) -> str:
     """
     told = hashlib.blake2b(digest_size=16)
     isa = "" if (lib := native.library()) is None else lib.upwell_isa().decode()
-    computes = (model.numerics, model.dtype, model.products, model.device.type)
+    computes = (model.numerics, model.dtype, model.products, model.cached, model.device.type)
     told.update(repr((model.config, *computes, upwell.__version__, torch.__version__, isa)).encode())
     if model.pages is not None:
         told.update(model.pages.identity().encode())

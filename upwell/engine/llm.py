@@ -42,6 +42,7 @@ class LLM:
     at most `expert_memory` ("4GiB") of them in memory; `expert_usage` is a file that keeps which are used most.
     dtype None: FP32 on a CPU, else as the checkpoint has it; bfloat16 on a CPU rounds the operands of its kernels'
     products (docs/kernels.md). numerics "official" rounds activations as the official code does.
+    kv_cache_dtype INT8 keeps the cache in INT8 on a CPU with kernels: a quarter of the memory (docs/kernels.md).
     `options` are Engine's: `max_num_seqs` sequences at once share a cache of `cache_tokens` tokens, and so on.
 
     tp, ep: so many processes, each with a part of the model (docs/parallel.md): tp splits heads and inner widths, ep
@@ -65,6 +66,7 @@ class LLM:
         offload: str | None = None,
         expert_memory: str | int | None = None,
         expert_usage: str | Path | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         from upwell.checkpoint.offload import parse_offload
@@ -77,7 +79,9 @@ class LLM:
         sharing.follow_if_told()
         where = nano_path() if path is None else Path(path)
         load = None if expert_load is None else Path(expert_load)
-        shared = sharing.open_model(where, device, dtype, numerics, tp, ep, load, redundant_experts, away)
+        shared = sharing.open_model(
+            where, device, dtype, numerics, tp, ep, load, redundant_experts, away, kv_cache_dtype
+        )
         try:
             self._start(shared.model, Tokenizer.from_directory(where), options)
         except BaseException:

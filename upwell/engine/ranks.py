@@ -43,7 +43,7 @@ START_SECONDS = 300.0  # a process has to come
 COLLECTIVE_SECONDS = 600.0  # an exchange may wait for a rank that is slower
 _LEADER = "UPWELL_LEADER"  # in a follower's environment: where rank 0 listens
 _MAKES_TENSORS = ("load", "new_cache", "count_experts")  # that outlive the message
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, None: None}
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class Job:
     """Rank 0's side: the model's first part, the line to the others, and those that it has started."""
 
     def __init__(
-        self, path: Path, device: str, dtype: torch.dtype | None, numerics: Numerics, sharing: Sharing
-    ) -> None:
+        self, path: Path, device: str, dtype: torch.dtype | None, numerics: Numerics, sharing: Sharing,
+        kv_cache_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.sharing = sharing
         kind = _kind(device)
         Shard(read_config(path), 0, sharing.tp, sharing.ep)  # refused before anything is started
@@ -81,7 +82,7 @@ class Job:
         self.lead = Lead(sharing.world)
         self._children: list[subprocess.Popen[bytes]] = []
         about = {
-            "path": str(path), "kind": kind, "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "path": str(path), "kind": kind, "dtype": _name(dtype), "kv_cache_dtype": _name(kv_cache_dtype),
             "numerics": numerics, "tp": sharing.tp, "ep": sharing.ep, "placement": sharing.placement,
         }  # fmt: skip
         atexit.register(self.close)
@@ -274,6 +275,10 @@ def _kernels() -> str:
     return "no" if library is None else str(library.upwell_isa().decode())
 
 
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _load(about: dict[str, Any], rank: int, store: Store, why: Callable[[], RankError]) -> ParallelTransformer:
     kind, tp = about["kind"], int(about["tp"])
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -286,10 +291,10 @@ def _load(about: dict[str, Any], rank: int, store: Store, why: Callable[[], Rank
         shard = Shard(config, rank, tp, int(about["ep"]), placement)
         return Ranks(shard, Group(rank, shard.world, why), Group(rank % tp, tp, why))
 
-    dtype = None if about["dtype"] is None else _DTYPES[about["dtype"]]
-    held, products = precision(device, dtype, about["numerics"])
+    held, products = precision(device, _DTYPES[about["dtype"]], about["numerics"])
     part = load_part(about["path"], ranks, held, device, about["numerics"])
     part.multiply_in(products)
+    part.cache_in(_DTYPES[about["kv_cache_dtype"]])
     return part
 
 

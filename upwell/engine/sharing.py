@@ -39,7 +39,7 @@ def follow_if_told() -> None:
 
 def open_model(
     path: Path, device: str, dtype: torch.dtype | None, numerics: Numerics, tp: int, ep: int, load: Path | None,
-    redundant: int, offload: Offload | None = None,
+    redundant: int, offload: Offload | None = None, kv_cache_dtype: torch.dtype | None = None,
 ) -> OpenModel:  # fmt: skip
     """What LLM takes, as it says there. Raises InputError."""
     if ranks.launched() > 1 and tp == ep == 1:
@@ -61,6 +61,7 @@ def open_model(
         held, products = precision(where, dtype, numerics)
         model = load_model(path, held, where, numerics, offload)
         model.multiply_in(products)
+        model.cache_in(kv_cache_dtype)
         if load is None:
             return OpenModel(model, lambda: None)
         counts = model.count_experts()
@@ -68,7 +69,7 @@ def open_model(
     placement = {}
     if counted is not None and ep > 1:
         placement = {name: place(row, ep, redundant) for name, row in counted.layers.items()}
-    job = ranks.Job(path, device, dtype, numerics, ranks.Sharing(tp, ep, placement))
+    job = ranks.Job(path, device, dtype, numerics, ranks.Sharing(tp, ep, placement), kv_cache_dtype)
     if load is not None:
         job.count_experts()
 

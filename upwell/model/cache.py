@@ -42,14 +42,21 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return untouched(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
+def row_width(dim: int, dtype: torch.dtype) -> int:
+    """Elements that a row of `dim` takes in a cache. In INT8 it is the CPU kernels' (csrc/attention_bytes.h): its step
+    in FP32 and the sum of its integers in 32 bits, then these, padded to 16."""
+    return dim if dtype != torch.int8 else 8 + (dim + 15) // 16 * 16
+
+
 class LayerCache:
     """One layer's cache: window [slots, W, d]; where compressed, entries [blocks, 256/ratio, d] and a tail; in CSA
-    also index_keys [blocks, 64, c] with a tail of their own."""
+    also index_keys [blocks, 64, c] with a tail of their own. In INT8 d and c are `row_width`s."""
 
     def __init__(
         self, config: ModelConfig, ratio: int, blocks: int, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.window = torch.zeros(slots, config.sliding_window, config.head_dim, dtype=dtype, device=device)
+        width = row_width(config.head_dim, dtype)
+        self.window = torch.zeros(slots, config.sliding_window, width, dtype=dtype, device=device)
         self.entries: Tensor | None = None
         self.index_keys: Tensor | None = None
         self.tail: Tail | None = None
@@ -57,11 +64,11 @@ class LayerCache:
         if ratio:
             per_block = BLOCK_TOKENS // ratio
             overlap = 2 if ratio == config.csa_ratio else 1
-            self.entries = _zeros((blocks, per_block, config.head_dim), dtype, device)
+            self.entries = _zeros((blocks, per_block, width), dtype, device)
             self.tail = Tail(slots, overlap * ratio, overlap * config.head_dim, device)
             if ratio == config.csa_ratio:
                 c = config.index_head_dim
-                self.index_keys = _zeros((blocks, per_block, c), dtype, device)
+                self.index_keys = _zeros((blocks, per_block, row_width(c, dtype)), dtype, device)
                 self.index_tail = Tail(slots, 2 * ratio, 2 * c, device)
 
     def tensors(self) -> list[Tensor]:

@@ -350,7 +350,8 @@ def _make(model: Transformer) -> Plan | None:
         c.q_lora_rank, c.o_lora_rank, c.o_groups, c.index_n_heads, c.index_head_dim, c.index_topk,
         c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
         blocks[0].ffn.shared_experts.w1.out_features, c.hc_sinkhorn_iters, model.head.out_features, c.csa_ratio,
-        int(rounds), 0, c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
+        int(rounds), 0, int(model.cached == torch.int8),
+        c.hc_eps, c.rms_norm_eps, c.swiglu_limit, c.routed_scaling_factor,
         build.vector(model, "freqs"), build.vector(model, "compress_freqs"),
     )  # fmt: skip
     try:
@@ -451,9 +452,9 @@ def caches_of(plan: Plan, cache: KVCache, mtp: int | None) -> Any:
     return caches[0 if mtp is None else 1 + mtp]
 
 
-def takes(cache: KVCache) -> bool:
+def takes(model: Transformer, cache: KVCache) -> bool:
     """The kernels extend this cache."""
-    return cache.dtype == torch.float32 and cache.device.type == "cpu"
+    return cache.dtype == (model.cached or torch.float32) and cache.device.type == "cpu"
 
 
 def run_layers(

@@ -25,7 +25,7 @@ def run_layers(
     cache: KVCache, step: Step, mtp: int | None,
 ) -> Tensor | None:  # fmt: skip
     """Streams [T, h, D] after all layers (or MTP block `mtp`); None where the kernels don't take this cache."""
-    if not compiled.takes(cache):
+    if not compiled.takes(model, cache):
         return None
     hidden, h = model.config.hidden_size, model.config.hc_mult
     ids = input_ids.contiguous().view(-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upwell.config import ModelConfig, Numerics
-from upwell.errors import RankError
+from upwell.errors import InputError, RankError
 from upwell.model import compiled
 from upwell.model.attention import Attention, Rope
 from upwell.model.cache import KVCache, LayerCache, Step
@@ -80,6 +80,7 @@ class Transformer(nn.Module):
         self.local = config  # the geometry of what is here of it
         self.expert_load: Tensor | None = None  # [layers + MTP blocks, E] INT64, where counted
         self.products = torch.float32
+        self.cached: torch.dtype | None = None  # what new caches hold, None: the model's dtype
         self.pages: Pages | None = None  # where experts are paged in from disk
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -102,8 +103,20 @@ class Transformer(nn.Module):
         """Tell a listener when another process that has a part of this model is gone (model/parallel.py)."""
 
     def new_cache(self, blocks: int, slots: int) -> KVCache:
-        """An empty cache for this model."""
-        return KVCache(self.config, blocks, slots, self.dtype, self.device)
+        """An empty cache for this model. Raises InputError for one in INT8 where the CPU kernels don't serve it."""
+        if self.cached == torch.int8:
+            with torch.no_grad():
+                served = compiled.plan(self) is not None
+            if not served:
+                raise InputError("a KV cache in int8 is for the CPU kernels, which don't run here (upwell doctor)",
+                                 "leave it at auto")  # fmt: skip
+        return KVCache(self.config, blocks, slots, self.cached or self.dtype, self.device)
+
+    def cache_in(self, dtype: torch.dtype | None) -> None:
+        """From now on new caches hold windows, compressed entries and the indexer's keys in `dtype`: None, the model's,
+        or INT8, of which the CPU kernels make products of bytes (docs/kernels.md)."""
+        self.cached = dtype
+        self.__dict__.pop("_plan", None)
 
     def multiply_in(self, dtype: torch.dtype) -> None:
         """From now on the CPU kernels multiply in `dtype`, FP32 or BF16. In BF16 weights and what they multiply are
@@ -163,7 +176,7 @@ class Transformer(nn.Module):
             return compiled.plan(self) is not None
 
     def _plan_for(self, cache: KVCache, step: Step) -> compiled.Plan | None:
-        return compiled.plan(self, step) if compiled.takes(cache) else None
+        return compiled.plan(self, step) if compiled.takes(self, cache) else None
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""

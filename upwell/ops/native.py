@@ -54,7 +54,7 @@ class Model(ctypes.Structure):
         *((name, c_int64) for name in (
             "hidden", "streams", "heads", "dim", "rope", "window", "q_rank", "o_rank", "groups", "index_heads",
             "index_dim", "index_topk", "experts", "experts_per_token", "inter", "shared_inter", "sinkhorn_iters",
-            "vocab", "csa_ratio", "rounds", "by_tokens")),
+            "vocab", "csa_ratio", "rounds", "by_tokens", "bytes")),
         *((name, c_double) for name in ("hc_eps", "norm_eps", "swiglu_limit", "routed_scaling")),
         ("freqs", c_void_p), ("compress_freqs", c_void_p),
     ]  # fmt: skip
