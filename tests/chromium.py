@@ -118,6 +118,11 @@ class Browser:
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
 
+    def elsewhere(self, site: str) -> list[str]:
+        """Of these, the ones that go over the network to anyone but the site."""
+        asked = self.requested()
+        return sorted(a for a in asked if a.startswith(("http:", "https:", "ws:", "wss:")) and not a.startswith(site))
+
     def say(self, text: str) -> None:
         """Send a chat message."""
         self.one("#composer").send_keys(text, Keys.ENTER)
