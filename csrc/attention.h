@@ -18,8 +18,6 @@ INLINE void rotate(float* x, const float* turn, int64_t rope, float sign) {
 // What is multiplied is T: float; int32_t, pairs of BF16 (simd.h), where a CPU multiplies twice as many of them; or
 // uint32_t, four integers of a row in INT8 (attention_bytes.h).
 template <class T>
-using Sums = std::conditional_t<kOfIntegers<T>, VecI, Vec>;
-template <class T>
 constexpr int64_t kEach = kOfIntegers<T> ? 4 : kOfPairs<T> ? 2 : 1;  // rows that lie in one for the sums
 
 // kTwo: for at most half as many heads as lanes. Head h has lanes 2h and 2h + 1: of a query those are even and odd columns,
@@ -50,12 +48,9 @@ static __attribute__((noinline)) void score_rows(const T* const* rows, const T* 
   for (int64_t k = 0; k < steps; ++k, q += kLanes) {
     const Lanes<T> heads = load(q);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Lanes<T> row = across<kTwo>(r[i] + (kTwo ? 2 * k : k));
-      if constexpr (kOfIntegers<T>) acc[i] = dot_bytes(acc[i], row, heads);
-      else acc[i] = multiply_add(acc[i], row, heads);
-    }
+    for (int i = 0; i < R; ++i) acc[i] = multiply_add(acc[i], across<kTwo>(r[i] + (kTwo ? 2 * k : k)), heads);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < R; i += kPer, out += kLanes) {
     Sums<T> v = acc[i];
     if constexpr (kTwo) v = take_turns(v, acc[i + 1]) + swap_pairs(take_turns(acc[i + 1], v));
@@ -81,12 +76,14 @@ INLINE void weigh_columns(const T* const* rows, int64_t n, const T* probs, [[may
     for (int h = 0; h < H; ++h) {
       const Lanes<T> weight = across<false>(p + (kTurns<kTwo, T> ? 2 * h : h));
       for (int v = 0; v < V; ++v) {
-        if constexpr (kOfIntegers<T>) acc[h][v] = dot_bytes(acc[h][v], values[v], weight);
+        if constexpr (kOfIntegers<T>) acc[h][v] = multiply_add(acc[h][v], values[v], weight);
         else acc[h][v] = multiply_add(acc[h][v], weight, values[v]);
       }
     }
   }
+#pragma GCC unroll 4
   for (int h = 0; h < H; ++h)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* o = out + h * ldo + v * kLanes;
       Vec sum;
@@ -110,8 +107,9 @@ static void weigh(const T* const* rows, int64_t n, const T* probs, const float* 
 static void query_lanes(const float* q, int heads, int64_t dim, float eps, const float* turn, int64_t rope, float* qt) {
   Vec square{};
   for (int64_t k = 0; k < dim; k += kLanes) {
-    Vec a[kLanes] = {};
-    for (int h = 0; h < heads; ++h) a[h] = load_at(q + h * dim, k, dim);
+    Vec a[kLanes];
+#pragma GCC unroll 16
+    for (int h = 0; h < kLanes; ++h) a[h] = h < heads ? load_at(q + h * dim, k, dim) : zero();
     transpose(a);
     for (int i = 0; i < kLanes && k + i < dim; ++i) {
       store(qt + (k + i) * kLanes, a[i]);

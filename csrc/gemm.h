@@ -85,10 +85,13 @@ INLINE void dot_tile(const float* const* w, const float* x, int64_t ldx, int64_t
     }
   }
   if (i < n)
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Vec v = load_part(w[r] + i, int(n - i));
+#pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] += v * load_part(x + c * ldx + i, int(n - i));
     }
+#pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
     if constexpr (R == 4) sum_four(acc[0][c], acc[1][c], acc[2][c], acc[3][c], out + c * ldo);
     else
@@ -114,25 +117,18 @@ struct Fetch {
   int64_t stride;
 };
 
-// Weights as multiply_add takes them, and how its sums are added up.
+// Weights as multiply_add takes them.
 INLINE Vec weights_of(Vec panel) { return panel; }
 INLINE VecI weights_of(VecI panel) { return panel; }
-template <class T>
-INLINE Vec join_sums(Vec a, Vec b) {
-  if constexpr (kOfIntegers<T>) return reinterpret_cast<Vec>(reinterpret_cast<VecI>(a) + reinterpret_cast<VecI>(b));
-  else return a + b;
-}
 INLINE VecQ weights_of(VecQ panel) { return panel ^ kAdded * 0x01010101; }
-INLINE Vec multiply_add(Vec sums, VecQ x, VecQ w) {  // sums of integers
-  return reinterpret_cast<Vec>(dot_bytes(reinterpret_cast<VecI>(sums), x, w));
-}
 
 // MR input rows times kTile weight rows, b [n, LDB]: lanes along the weight rows. U steps at once where MR alone leaves
 // the multipliers waiting for their own results. T: float, int32_t for pairs of BF16 (pairs.h), or uint32_t for four
 // integers (integers.h).
 template <int MR, int LDB, int U, class T>
-INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, Vec (&out0)[MR], Vec (&out1)[MR]) {
-  Vec acc0[U][MR] = {}, acc1[U][MR] = {};
+INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, Sums<T> (&out0)[MR],
+                       Sums<T> (&out1)[MR]) {
+  Sums<T> acc0[U][MR] = {}, acc1[U][MR] = {};
   const T *x0 = x, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
   const int64_t l1 = ldx, l2 = 2 * ldx, l3 = 3 * ldx;
 #define UPWELL_STEP(row, value)                                       \
@@ -163,32 +159,35 @@ INLINE void tile_steps(const T* x, int64_t ldx, const T* b, int64_t n, const Fet
     }
 #undef UPWELL_STEPS
 #undef UPWELL_STEP
+#pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
-    for (int u = 1; u < U; ++u) acc0[0][r] = join_sums<T>(acc0[0][r], acc0[u][r]), acc1[0][r] = join_sums<T>(acc1[0][r], acc1[u][r]);
+#pragma GCC unroll 8
+    for (int u = 1; u < U; ++u) acc0[0][r] += acc0[u][r], acc1[0][r] += acc1[u][r];
     out0[r] = acc0[0][r], out1[r] = acc1[0][r];
   }
 }
 
 struct AsSummed {  // what becomes of the sums of an input row and a tile
-  void operator()(int64_t, Vec&, Vec&) const {}
+  Vec operator()(int64_t, int, Vec sums) const { return sums; }
 };
 
 template <int MR, int LDB, class T, class Finish>
 static void tile_rows(const T* x, int64_t ldx, const T* b, int64_t n, const Fetch& fetch, float* out, int64_t ldo, int width,
                       int64_t row, const Finish& finish) {
-  Vec v0[MR], v1[MR];
-  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, fetch, v0, v1);
+  Sums<T> sums0[MR], sums1[MR];
+  tile_steps<MR, LDB, MR == 1 ? 4 : MR < 4 ? 2 : 1>(x, ldx, b, n, fetch, sums0, sums1);
+#pragma GCC unroll 12  // or the sums go by way of memory
   for (int r = 0; r < MR; ++r) {
-    finish(row + r, v0[r], v1[r]);
+    const Vec v0 = finish(row + r, 0, sums0[r]), v1 = finish(row + r, 1, sums1[r]);
     float* o = out + r * ldo;
     if (width == kTile) {
-      store(o, v0[r]);
-      store(o + kLanes, v1[r]);
+      store(o, v0);
+      store(o + kLanes, v1);
     } else if (width >= kLanes) {
-      store(o, v0[r]);
-      store_part(o + kLanes, v1[r], width - kLanes);
+      store(o, v0);
+      store_part(o + kLanes, v1, width - kLanes);
     } else {
-      store_part(o, v0[r], width);
+      store_part(o, v0, width);
     }
   }
 }

@@ -74,7 +74,7 @@ struct Cut {  // `above` <= k keys exceed `bound`; where fewer than k do, the re
 };
 
 // Turns scores [n], k < n, padded to whole vectors, into ordered keys and finds where the k best end, by halving the
-// range of values: no branch depends on the data.
+// range of values; each fourth time that of the keys, as values may be many magnitudes apart.
 static Cut cut_best(float* scores, int64_t n, int64_t k) {
   auto* keys = reinterpret_cast<int32_t*>(scores);
   const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
@@ -91,8 +91,12 @@ static Cut cut_best(float* scores, int64_t n, int64_t k) {
   for (int i = 0; i < kLanes; ++i) below = low[i] < below ? low[i] : below, top = high[i] > top ? high[i] : top;
   --below;
   int64_t above_top = 0;  // more than k exceed `below`, fewer than k exceed `top`
-  while (top - below > 1) {
-    const int64_t middle = below + (top - below) / 2;
+  for (int step = 1; top - below > 1; ++step) {
+    int64_t middle = below + (top - below) / 2;
+    if (step % 4) {
+      const int64_t halfway = ordered(0.5f * unordered(int32_t(below)) + 0.5f * unordered(int32_t(top)));
+      if (halfway > below && halfway < top) middle = halfway;
+    }
     const VecI bound = VecI{} + int32_t(middle);
     VecI count{};
     for (int64_t i = 0; i < padded; i += kLanes) count -= load(keys + i) > bound;

@@ -138,6 +138,7 @@ static void integer_tile(const uint8_t* w, int rows, int64_t ahead, const float*
   typedef float Four __attribute__((vector_size(16)));
   Four scales{};
   __builtin_memcpy(&scales, scale, sizeof(float) * size_t(rows));
+#pragma GCC unroll 6
   for (int c = 0; c < C; ++c) {
     FourInts four;
     sum_four(sums[0][c], sums[1][c], sums[2][c], sums[3][c], reinterpret_cast<int32_t*>(&four));
@@ -213,12 +214,10 @@ static void integer_product(const Matrix& m, int64_t first, int width, const flo
     prepare(in, format, Meets::kBytes, x, ldx, min64(most, t - i), m.cols, phase);
 #if UPWELL_INTEGER_DOTS
     if (m.format == kQuads) {
-      const Vec s0 = load(scale), s1 = load(scale + kLanes);
-      auto finish = [&](int64_t row, Vec& a, Vec& b) {
+      const Vec scales[2] = {load(scale), load(scale + kLanes)};
+      auto finish = [&](int64_t row, int half, VecI sums) {
         const auto& head = *in.row<RoundedRow>(row);
-        const VecI added = int32_t(kAdded) * head.sum - VecI{};
-        a = __builtin_convertvector(reinterpret_cast<VecI>(a) - added, Vec) * head.step * s0;
-        b = __builtin_convertvector(reinterpret_cast<VecI>(b) - added, Vec) * head.step * s1;
+        return whole(sums - int32_t(kAdded) * head.sum) * head.step * scales[half];
       };
       const auto* panel = static_cast<const uint32_t*>(panel_of(m, first));
       times_tile<kPanel>(in.row<uint32_t>(0) + kHead / 4, in.row_bytes / 4, in.t, panel, (m.cols + 3) / 4, next, out, ldo, width, finish);

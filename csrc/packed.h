@@ -348,6 +348,7 @@ __attribute__((noinline)) static bool packed_columns(const Matrix& m, int64_t fi
     for (int r = 0; r < kTile; r += R) {
       Vec sums[R * C] = {};
       packed_block<F, kPaired, R, C>(rows.at(r), 0, n, R * row_bytes, in, c0, sums, nan);
+#pragma GCC unroll 4
       for (int i = 0; i < R * C; i += 4) {  // four at once: of one input row, or of one weight row
         constexpr int step = R == 4 ? C : 1;
         const int at = R == 4 ? i / 4 : i;

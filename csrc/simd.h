@@ -94,6 +94,7 @@ INLINE VecI dot_bytes(VecI sums, VecQ x, VecQ w) {
   return dot_pairs(dot_pairs(sums, lanes(a << 8 >> 8), lanes(b << 8 >> 8)), lanes(a >> 8), lanes(b >> 8));
 #endif
 }
+INLINE VecI multiply_add(VecI sums, VecQ x, VecQ w) { return dot_bytes(sums, x, w); }
 template <class T>  // float, or int32_t: pairs
 constexpr bool kOfPairs = false;
 template <>
@@ -102,16 +103,28 @@ template <class T>  // uint32_t: four integers, a byte each
 constexpr bool kOfIntegers = false;
 template <>
 constexpr bool kOfIntegers<uint32_t> = true;
+template <class T>  // of products of such
+using Sums = std::conditional_t<kOfIntegers<T>, VecI, Vec>;
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec zero() { return Vec{}; }
 INLINE Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
 
 INLINE Vec load_part(const float* p, int n) {
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+#else
   Vec v{};
   __builtin_memcpy(&v, p, sizeof(float) * n);
   return v;
+#endif
 }
-INLINE void store_part(float* p, Vec v, int n) { __builtin_memcpy(p, &v, sizeof(float) * n); }
+INLINE void store_part(float* p, Vec v, int n) {
+#if VECTOR_BYTES == 64
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), reinterpret_cast<__m512>(v));
+#else
+  __builtin_memcpy(p, &v, sizeof(float) * n);
+#endif
+}
 
 // To an aligned place that isn't read soon: past the cache where the instruction set can. finish_past_cache() comes
 // before other threads are told.
