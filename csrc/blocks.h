@@ -104,8 +104,10 @@ struct ByTokens : LayerPass {
 
   void attend(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
     const int64_t row = m.heads * m.dim + kSkew;
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < m.streams * m.hidden; k += 16) __builtin_prefetch(stream(t0 + i) + k, 1, 2);  // left soon
       attend_token(l, c, t0 + i, t0 + min64(i + 1, n - 1), o.q + i * row, o.attended + i * row);
+    }
   }
 
   void from_attention(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
