@@ -1,4 +1,5 @@
-"""What each format of `upwell convert` costs nano in quality: perplexity, distance from the source, right answers.
+"""What each format of `upwell convert`, and a KV cache in INT8, costs nano in quality: perplexity, distance from the
+source, right answers.
 
     python benchmarks/formats.py --json benchmarks/results/formats.json      # --jobs 2: two processes
 
@@ -36,6 +37,7 @@ FORMATS: dict[str, list[str]] = {
     "bf16": ["--to", "bf16"],
     "fp8": ["--to", "fp8"],
 }
+CACHE = "int8-cache"  # the source itself, its KV cache in INT8
 TOGETHER = 3  # formats that one process measures against one run of the source
 UPWELL = [sys.executable, "-m", "upwell.cli"]
 
@@ -46,8 +48,8 @@ def convert(source: Path, work: Path, name: str) -> Path:
     return work / name
 
 
-def evaluate(source: Path, models: list[Path], data: Path, questions: bool) -> dict[str, Any]:
-    asked = ["--questions", str(HERE / "questions")] if questions else []
+def evaluate(source: Path, models: list[Path], data: Path, questions: bool, *flags: str) -> dict[str, Any]:
+    asked = [*flags, *(["--questions", str(HERE / "questions")] if questions else [])]
     command = [*UPWELL, "eval", *map(str, models), "--against", str(source), "--data", str(data), *asked, "--json"]
     record: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     for row in record["rows"]:
@@ -85,7 +87,8 @@ class Finished:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=nano_path(), metavar="PATH", help="default: nano as shipped")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="NAME")
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS, CACHE], default=[*FORMATS, CACHE],
+                        metavar="NAME")  # fmt: skip
     parser.add_argument("--texts", type=int, default=400, help="generated questions (default: 400)")
     parser.add_argument("--questions", action=argparse.BooleanOptionalAction, default=True, help="ask the test set too")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with a part of the formats (default: 1)")
@@ -100,10 +103,18 @@ def main() -> None:
         write_prompts(work / "calibration.jsonl", 128, training=True)
 
         def measure(names: list[str]) -> None:
+            if names == [CACHE]:
+                flags = "--kv-cache-dtype", "int8"
+                record = evaluate(args.model, [args.model], work / "plans.jsonl", args.questions, *flags)
+                record["rows"][1]["model"] = CACHE
+                finished.add(record)
+                return
             models = [convert(args.model, work, name) for name in names]
             finished.add(evaluate(args.model, models, work / "plans.jsonl", args.questions))
 
-        parts = [left[k : k + TOGETHER] for k in range(0, len(left), TOGETHER)]
+        weights_formats = [name for name in left if name != CACHE]
+        parts = [weights_formats[k : k + TOGETHER] for k in range(0, len(weights_formats), TOGETHER)]
+        parts += [[CACHE]] if CACHE in left else []
         list(pool.map(measure, parts))
     rows = {row["model"]: row for record in finished.records for row in record["rows"]}
     record = finished.records[0] | {"benchmark": "formats", "command": ["python", *sys.argv]}

@@ -12,8 +12,8 @@ run takes minutes; --quick leaves out 8,192 tokens, 16k and full batches of trai
 and transformers in the fastest of FP32, FP32 with torch's "medium" precision, and BF16.
 
 --w8a8 does the same with weights that lie on INT8's steps wherever `upwell convert --to w8a8` has integers: Upwell
-multiplies these by inputs rounded to INT8, and the rest in BF16; transformers has the same values, in the fastest of
-the three.
+multiplies these by inputs rounded to INT8, keeps its cache in INT8 (--kv-cache-dtype int8), and multiplies the rest in
+BF16; transformers has the same values, in the fastest of the three.
 
 --nano takes upwell-nano instead: Upwell as shipped (FP4 and FP8; with --w8a8 decoded first), transformers decoded.
 """
@@ -513,7 +513,8 @@ def main() -> None:
         report.add(f"train {batch}x512", batch * 512, *times)
     if args.json is not None:
         result = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": machine, "parameters": parameters,
-                  "products": str(ours_model.products)[6:], "geometry": GEOMETRY, "rows": report.rows,
+                  "products": str(ours_model.products)[6:],
+                  "kv_cache_dtype": str(ours_model.cached or ours_model.dtype)[6:], "geometry": GEOMETRY, "rows": report.rows,
                   "long_prefill": extra}  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from upwell import LLM, load_model
 from upwell.analyst.ask import Asker
 from upwell.bench.documents import Cut, Document
-from upwell.bench.evaluate import Evaluation, evaluate
+from upwell.bench.evaluate import Evaluation, describe, evaluate
 from upwell.bench.quality import Scores, loss_difference, paired_difference, predict, score
 from upwell.bench.questions import load_judge, right_answers
 from upwell.checkpoint.convert import Conversion, convert
 from upwell.cli import main
 from upwell.engine.llm import nano_path
 from upwell.nano.heldout import write_prompts
+from upwell.ops import native
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0.5 % of 1,234 dogs don't mind. " * 5
 QUESTIONS = Path(__file__).parents[1] / "benchmarks" / "questions"
@@ -150,6 +151,16 @@ def test_nano_in_integers_is_near_nano(integer_nanos: Path) -> None:
         assert 0 < row["kl"] < most and row["same_first_choice"] > 0.96
         assert abs(row["completions_difference"]["difference"]) <= 2 / 16
         assert row["loss"] == pytest.approx(before["loss"], abs=0.02)
+
+
+@pytest.mark.skipif(native.library() is None, reason="such a cache is the kernels'; none are built here")
+def test_a_cache_in_int8_is_held_against_the_models_own(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "plans.jsonl", 16)
+    job = Evaluation([nano_path()], nano_path(), tmp_path / "plans.jsonl", kv_cache_dtype=torch.int8)
+    before, after = evaluate(job)
+    assert "kv_cache_dtype" not in before and after["kv_cache_dtype"] == "int8"
+    assert 0 < after["kl"] < 0.002 and after["same_first_choice"] > 0.96
+    assert "official, KV int8" in describe([before, after])
 
 
 def test_questions_are_answered_as_one_by_one() -> None:

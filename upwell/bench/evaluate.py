@@ -35,7 +35,7 @@ class Evaluation:
     stride: int | None = None  # None: half the window
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None  # None: FP32 on the CPU, the checkpoint's own elsewhere
-    kv_cache_dtype: torch.dtype | None = None  # None: the model's; INT8
+    kv_cache_dtype: torch.dtype | None = None  # of `models`; None: the model's own, as the reference has it; or INT8
 
 
 def evaluate(
@@ -67,7 +67,8 @@ def evaluate(
         held, products = precision(device, job.dtype, "exact")
         model = load_model(path, dtype=held, device=device)
         model.multiply_in(products)
-        model.cache_in(job.kv_cache_dtype)
+        is_reference = job.against is not None and not rows
+        model.cache_in(None if is_reference else job.kv_cache_dtype)
         tokenizer = Tokenizer.from_directory(path)
         if tokenizer is None:
             raise CheckpointError(f"{path}: has no tokenizer.json", "put the model's own beside its weights")
@@ -77,6 +78,8 @@ def evaluate(
             seen(model)
         row: dict[str, Any] = {"model": str(path), "format": sniff(path).format, "kind": sniff(path).name,
                                "bytes": sum(tensor.nbytes for tensor in read_shards(path).values())}  # fmt: skip
+        if model.cached is not None:
+            row["kv_cache_dtype"] = str(model.cached).removeprefix("torch.")
         if job.data is not None:
             if spoken is None:
                 stride = max(1, job.window // 2) if job.stride is None else job.stride
@@ -116,8 +119,12 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
     return table([["", *names[1:]], *([row.get(name, "") for name in names] for row in cells)])
 
 
+def _format(row: dict[str, Any]) -> str:
+    return f"{row['format']}, KV {row['kv_cache_dtype']}" if "kv_cache_dtype" in row else row["format"]
+
+
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    cells = {"model": Path(row["model"]).name, "format": row["format"], "MB": f"{row['bytes'] / 1e6:,.1f}"}
+    cells = {"model": Path(row["model"]).name, "format": _format(row), "MB": f"{row['bytes'] / 1e6:,.1f}"}
     if "perplexity" in row:
         cells["perplexity"] = f"{row['perplexity']:.4f}"
     if "kl" in row:

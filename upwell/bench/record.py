@@ -48,7 +48,7 @@ def result(
                     "memory_gib": round(_memory() / 2**30, 1), "system": platform.platform(),
                     "device": str(model.device)},
         "model": {"path": where, "dtype": str(model.dtype)[6:], "products": str(model.products)[6:],
-                  "layers": len(model.layers), "hidden_size": model.config.hidden_size,
+                  "kv_cache_dtype": str(model.cached or model.dtype)[6:], "layers": len(model.layers), "hidden_size": model.config.hidden_size,
                   "vocab_size": model.config.vocab_size},
         "rows": rows,
     }  # fmt: skip
@@ -58,6 +58,7 @@ def header(record: dict[str, Any]) -> str:
     """Model, machine and build, two lines."""
     model, machine, build = record["model"], record["machine"], record["build"]
     products = ", products in bfloat16" if model["products"] == "bfloat16" else ""
+    products += ", KV cache in int8" if model.get("kv_cache_dtype") == "int8" else ""
     return (
         f"{model['path']}: {model['layers']} layers, hidden {model['hidden_size']}, {model['dtype']}{products} on "
         f"{machine['device']}\n{machine['cpu']}, {machine['threads']} of {machine['cores']} cores; upwell "

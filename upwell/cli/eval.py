@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
                         help="nano's test set: benchmarks/questions of a checkout; its judge.py is run")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i] (default: auto)")
     parser.add_argument("--dtype", default="auto", help="as `upwell serve` takes it (default: auto)")
-    add_kv_cache_flag(parser)
+    add_kv_cache_flag(parser)  # the reference keeps its own
     parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
 
 
