@@ -514,8 +514,8 @@ def main() -> None:
     if args.json is not None:
         result = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": machine, "parameters": parameters,
                   "products": str(ours_model.products)[6:],
-                  "kv_cache_dtype": str(ours_model.cached or ours_model.dtype)[6:], "geometry": GEOMETRY, "rows": report.rows,
-                  "long_prefill": extra}  # fmt: skip
+                  "kv_cache_dtype": str(ours_model.cached or ours_model.dtype)[6:], "geometry": GEOMETRY,
+                  "rows": report.rows, "long_prefill": extra}  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

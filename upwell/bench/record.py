@@ -48,8 +48,8 @@ def result(
                     "memory_gib": round(_memory() / 2**30, 1), "system": platform.platform(),
                     "device": str(model.device)},
         "model": {"path": where, "dtype": str(model.dtype)[6:], "products": str(model.products)[6:],
-                  "kv_cache_dtype": str(model.cached or model.dtype)[6:], "layers": len(model.layers), "hidden_size": model.config.hidden_size,
-                  "vocab_size": model.config.vocab_size},
+                  "kv_cache_dtype": str(model.cached or model.dtype)[6:], "layers": len(model.layers),
+                  "hidden_size": model.config.hidden_size, "vocab_size": model.config.vocab_size},
         "rows": rows,
     }  # fmt: skip
 
