@@ -5,7 +5,6 @@
 #include "attention_pairs.h"
 #include "indexer.h"
 #include "index_shorts.h"
-#include "index_bytes.h"
 #include "mixing.h"
 #include "workspace.h"
 #include "layer.h"

@@ -9,7 +9,6 @@
 constexpr bool kShorts = true;
 #else
 constexpr bool kShorts = false;  // NEON multiplies as many FP32 as 16-bit numbers at a time
-INLINE VecI dot_pairs(VecI sum, VecI, VecI) { return sum; }
 #endif
 
 constexpr float kShortLength = 32767.0f;
@@ -67,33 +66,6 @@ static float shorten_query(const float* q, const float* w, int64_t heads, int64_
     total += std::fabs(w[h]) * length;
   }
   return total;
-}
-
-template <int H>
-INLINE void short_heads(const int32_t* q, const float* factor, int64_t pairs, const int32_t* keys, Vec& s0, Vec& s1) {
-  VecI a0[H] = {}, a1[H] = {};
-  for (int64_t k = 0; k < pairs; ++k) {
-    const VecI b0 = load(keys + k * kTile), b1 = load(keys + k * kTile + kLanes);
-    for (int h = 0; h < H; ++h) {
-      const VecI v = VecI{} + q[h * pairs + k];
-      a0[h] = dot_pairs(a0[h], v, b0);
-      a1[h] = dot_pairs(a1[h], v, b1);
-    }
-  }
-  for (int h = 0; h < H; ++h) {
-    s0 += __builtin_convertvector(a0[h] > 0 ? a0[h] : VecI{}, Vec) * factor[h];
-    s1 += __builtin_convertvector(a1[h] > 0 ? a1[h] : VecI{}, Vec) * factor[h];
-  }
-}
-
-// Approximate s[e] = sum_h w[h] relu(q_h . k_e) for one tile of keys.
-static void short_tile(const int32_t* q, const float* factor, int64_t heads, int64_t pairs, const ShortKeys& keys, float* out) {
-  Vec s0{}, s1{};
-  int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) short_heads<4>(q + h * pairs, factor + h, pairs, keys.pairs, s0, s1);
-  for (; h < heads; ++h) short_heads<1>(q + h * pairs, factor + h, pairs, keys.pairs, s0, s1);
-  store(out, s0 * load(keys.step));
-  store(out + kLanes, s1 * load(keys.step + kLanes));
 }
 
 // Of scores [n] that are off by at most `error`: picks what is surely among the k best, and lists in `close` what may

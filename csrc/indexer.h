@@ -38,6 +38,44 @@ static void index_tile(const float* q, const float* w, int64_t heads, int64_t c,
   store(out + kLanes, s1);
 }
 
+// The same of integers, T: int32_t, pairs of 16 bits (index_shorts.h), or uint32_t, four bytes (attention_bytes.h), whose keys
+// have kAdded added.
+INLINE VecI first_sums(const int32_t*) { return VecI{}; }
+INLINE VecI first_sums(const uint32_t* q) { return VecI{} - int32_t(kAdded) * head_of(q).sum; }
+INLINE VecI add_products(VecI sums, VecI q, VecI keys) { return dot_pairs(sums, q, keys); }
+INLINE VecI add_products(VecI sums, VecQ q, VecQ keys) { return dot_bytes(sums, q, keys); }
+
+// H heads, rows of `row` words, with a tile of keys [steps, kTile].
+template <int H, class T>
+INLINE void integer_heads(const T* q, int64_t row, const float* factor, int64_t steps, const T* keys, Vec& s0, Vec& s1) {
+  VecI a0[H], a1[H];
+  for (int h = 0; h < H; ++h) a0[h] = a1[h] = first_sums(q + h * row);
+  for (int64_t k = 0; k < steps; ++k) {
+    const Lanes<T> b0 = load(keys + k * kTile), b1 = load(keys + k * kTile + kLanes);
+    for (int h = 0; h < H; ++h) {
+      const Lanes<T> v = Lanes<T>{} + q[h * row + k];
+      a0[h] = add_products(a0[h], v, b0);
+      a1[h] = add_products(a1[h], v, b1);
+    }
+  }
+  for (int h = 0; h < H; ++h) {
+    s0 += whole(a0[h] > 0 ? a0[h] : VecI{}) * factor[h];
+    s1 += whole(a1[h] > 0 ? a1[h] : VecI{}) * factor[h];
+  }
+}
+
+// factor [heads]: w times what a unit of a head is worth; step [kTile]: what the keys' are.
+template <class T>
+static void integer_tile_scores(const T* q, int64_t row, const float* factor, int64_t heads, int64_t steps, const T* keys,
+                                const float* step, float* out) {
+  Vec s0{}, s1{};
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) integer_heads<4>(q + h * row, row, factor + h, steps, keys, s0, s1);
+  for (; h < heads; ++h) integer_heads<1>(q + h * row, row, factor + h, steps, keys, s0, s1);
+  store(out, s0 * load(step));
+  store(out + kLanes, s1 * load(step + kLanes));
+}
+
 INLINE int32_t ordered(float x) {  // FP32 order as signed-integer order, -0 equal to 0
   x += 0.0f;
   int32_t bits;

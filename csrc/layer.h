@@ -197,6 +197,8 @@ struct LayerPass {
         index_tile(iq + i * n * dim, b.iweights + (t0 + i) * n, n, dim, b.tile, scores + i * b.score_row + e);
     }
   }
+  // The same over keys in INT8, queries rounded to it by head: unlike choose_by_shorts this changes the choice, to that of
+  // the keys as the cache has them.
   void score_bytes(const LayerCache& c, const RowsOfPool& row, int64_t t0, int64_t count, const float* iq, int64_t e0,
                    int64_t e1, float* scores) {
     const int64_t n = m.index_heads, dim = m.index_dim, size = byte_row(dim), fours = (dim + 3) / 4;
@@ -216,8 +218,8 @@ struct LayerPass {
       key_tile(b.pointers, keys, fours, b.tile);
       for (int64_t k = 0; kAdded && k < fours * kTile; k += kLanes) store(tile + k, weights_of(load(tile + k)));
       for (int64_t i = 0; i < count; ++i)
-        byte_tile(bytes_of(b.index_bytes + i * n * size), size / 4, b.index_factor + i * n, n, fours, tile, step,
-                  scores + i * b.score_row + e);
+        integer_tile_scores(bytes_of(b.index_bytes + i * n * size), size / 4, b.index_factor + i * n, n, fours, tile, step,
+                            scores + i * b.score_row + e);
     }
   }
   // The same choice as score_entries and select_entries, by way of 16-bit scores (index_shorts.h): sets b.picks.
@@ -241,7 +243,7 @@ struct LayerPass {
       shorten_keys(b.tile, dim, keys);
       if (!keys.plain) return false;
       for (int64_t i = 0; i < count; ++i)
-        short_tile(pairs + i * n * half, factor + i * n, n, half, keys, scores + i * b.score_row + e);
+        integer_tile_scores(pairs + i * n * half, half, factor + i * n, n, half, keys.pairs, keys.step, scores + i * b.score_row + e);
     }
     const float bound = 1.02f * std::sqrt(float(dim)) / kShortLength + float(dim + n) * 0x1p-23f;
     for (int64_t i = 0; i < count; ++i) {
@@ -278,24 +280,36 @@ struct LayerPass {
         select_best(scores + i * b.score_row, visible(l, t0 + i), m.index_topk, b.picks + (t0 + i) * m.index_topk);
   }
 
+  // The entries that token t reads: the first of its sequence, or its picks.
+  struct Entries {
+    int64_t count;
+    const int32_t* picks;  // null: all that are visible
+    RowsOfPool row;
+    int64_t operator()(int64_t e) const { return row(picks ? picks[e] : e); }
+    // From which on they weren't its thread's last query's, at `position`: all that were visible, or the same one's picks.
+    int64_t fresh(const Layer& l, int64_t position, int64_t own) const {
+      return l.ratio == 0 ? 0 : picks == nullptr ? (position + 1) / l.ratio : position == own ? count : 0;
+    }
+  };
+  Entries entries_of(const Layer& l, int64_t t) {
+    const int64_t seen = visible(l, t);
+    const bool picked = l.has_index && seen > m.index_topk;
+    return {picked ? m.index_topk : seen, picked ? b.picks + t * m.index_topk : nullptr,
+            RowsOfPool(sequence(t).table, call.block_tokens / max64(1, l.ratio))};
+  }
+
   // b.pointers: the rows that token t reads; returns how many.
   int64_t rows_of_query(const Layer& l, const LayerCache& c, int64_t t) {
     const Sequence& s = sequence(t);
-    const int64_t p = position(t), seen = visible(l, t);
+    const int64_t p = position(t);
     const float** at = b.pointers;
     const float* ring = c.window + s.slot * m.window * m.dim;
     int64_t j = max64(0, p - m.window + 1);
     for (int64_t i = j % m.window; j < min64(s.start, p + 1); ++j, i = i + 1 == m.window ? 0 : i + 1)
       *at++ = ring + i * m.dim;
     for (const float* row = b.kv + (s.row + j - s.start) * m.dim; j <= p; ++j, row += m.dim) *at++ = row;
-    if (seen == 0) return at - b.pointers;
-    const RowsOfPool row(s.table, call.block_tokens / l.ratio);
-    if (l.has_index && seen > m.index_topk) {
-      const int32_t* picks = b.picks + t * m.index_topk;
-      for (int64_t i = 0; i < m.index_topk; ++i) *at++ = c.entries + row(picks[i]) * m.dim;
-    } else {
-      for (int64_t e = 0; e < seen; ++e) *at++ = c.entries + row(e) * m.dim;
-    }
+    const Entries entries = entries_of(l, t);
+    for (int64_t e = 0; e < entries.count; ++e) *at++ = c.entries + entries(e) * m.dim;
     return at - b.pointers;
   }
 
@@ -337,15 +351,9 @@ struct LayerPass {
       for (int64_t i = 0; i < used; i += 2) round(i, of_slot(i), of_slot(i + 1));
     }
 
-    const int64_t seen = visible(l, t);
-    const bool picked = l.has_index && seen > m.index_topk;
-    const int64_t entries = picked ? m.index_topk : seen;
-    int64_t begin = 0;  // those before it are there: all that were visible, or the same query's picks
-    if (known && l.ratio && !picked) begin = (k.position + 1) / l.ratio;
-    if (known && picked && k.position == p) begin = entries;
-    const RowsOfPool row(s.table, call.block_tokens / max64(1, l.ratio));
-    const int32_t* picks = b.picks + t * m.index_topk;
-    auto entry = [&](int64_t e) { return e == entries ? nullptr : c.entries + row(picked ? picks[e] : e) * m.dim; };
+    const Entries which = entries_of(l, t);
+    const int64_t entries = which.count, begin = known ? which.fresh(l, k.position, p) : 0;
+    auto entry = [&](int64_t e) { return e == entries ? nullptr : c.entries + which(e) * m.dim; };
     if (begin < entries)
       for (int64_t e = begin / 2 * 2; e < entries; e += 2) round(ring + e, entry(e), entry(e + 1));
     if (entries % 2) read.hides[read.hidden++] = used + entries;
@@ -379,27 +387,17 @@ struct LayerPass {
       if (slot < used && j - slots < first) k.row_at[read.hides[read.hidden++] = slot] = bytes_of(own + (p - s.start) * size);
       if (++slot == slots) slot = 0;
     }
-    if (p - fresh + 1 >= slots - 3) {
-      for (int64_t i = 0; i < used; i += 4) join(i, k.row_at + i);
-    } else {
-      slot = fresh % slots;
-      for (int64_t j = fresh; j <= p; ++j) {
-        if (j == p || slot % 4 == 3) join(slot / 4 * 4, k.row_at + slot / 4 * 4);
-        if (++slot == slots) slot = 0;
-      }
+    slot = fresh % slots;
+    for (int64_t j = fresh; j <= p; ++j) {  // the last slot of four is fresh, or the newest token is among them
+      if (j == p || slot % 4 == 3) join(slot / 4 * 4, k.row_at + slot / 4 * 4);
+      if (++slot == slots) slot = 0;
     }
 
-    const int64_t seen = visible(l, t);
-    const bool picked = l.has_index && seen > m.index_topk;
-    const int64_t entries = picked ? m.index_topk : seen, padded = byte_slots(entries);
-    int64_t begin = 0;  // those before it are there: all that were visible, or the same query's picks
-    if (known && l.ratio && !picked) begin = (k.position + 1) / l.ratio;
-    if (known && picked && k.position == p) begin = entries;
-    const RowsOfPool row(s.table, call.block_tokens / max64(1, l.ratio));
-    const int32_t* picks = b.picks + t * m.index_topk;
+    const Entries which = entries_of(l, t);
+    const int64_t entries = which.count, padded = byte_slots(entries), begin = known ? which.fresh(l, k.position, p) : 0;
     const char* pool = reinterpret_cast<const char*>(c.entries);
     const uint32_t** at = k.row_at + used;
-    for (int64_t e = 0; e < entries; ++e) at[e] = bytes_of(pool + row(picked ? picks[e] : e) * size);
+    for (int64_t e = 0; e < entries; ++e) at[e] = bytes_of(pool + which(e) * size);
     for (int64_t e = entries; e < padded; ++e) at[e] = k.row_at[p % slots], read.hides[read.hidden++] = used + e;
     if (begin < entries)
       for (int64_t e = begin / 4 * 4; e < entries; e += 4) join(slots + e, at + e);

@@ -70,6 +70,8 @@ INLINE VecI dot_pairs(VecI sum, VecI a, VecI b) {  // sum + a.low b.low + a.high
   return sum + reinterpret_cast<VecI>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #endif
 }
+#else
+INLINE VecI dot_pairs(VecI sum, VecI, VecI) { return sum; }  // not used (index_shorts.h)
 #endif
 #if defined(UPWELL_VNNI)
 constexpr uint32_t kAdded = 128;  // to one side's bytes: VNNI multiplies unsigned ones by signed ones

@@ -16,7 +16,6 @@ namespace upwell {
 #include "../../csrc/attention.h"
 #include "../../csrc/attention_pairs.h"
 #include "../../csrc/indexer.h"
-#include "../../csrc/index_bytes.h"
 }  // namespace upwell
 
 using namespace upwell;
@@ -354,7 +353,7 @@ void check_bytes(int64_t heads, int64_t dim) {
   key_tile(pointers.data(), kTile, count, tile.data());
   auto* four = reinterpret_cast<uint32_t*>(tile.data());
   for (int64_t k = 0; k < count * kTile; k += kLanes) store(four + k, weights_of(load(four + k)));
-  byte_tile(bytes_of(queries.data()), size / 4, factor.data(), heads, count, four, step, out);
+  integer_tile_scores(bytes_of(queries.data()), size / 4, factor.data(), heads, count, four, step, out);
   for (int r = 0; r < kTile; ++r) {
     double score = 0, most = 0;
     for (int64_t h = 0; h < heads; ++h) {
