@@ -170,8 +170,7 @@ class Ours:
 
         batch, count = ids.shape
         step = Step(list(range(batch)), [start] * batch, [count] * batch, self.tables)
-        streams = self.model.streams(ids, cache, step)
-        return self.model.logits(streams.view(batch, count, *streams.shape[1:])[:, -1])
+        return self.model.logits(self.model.streams(ids, cache, step, only_last=True))
 
     def step(self, ids: Any) -> tuple[Any, Any]:
         """A new cache, and the step that puts all of ids [B, S] into it."""

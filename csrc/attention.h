@@ -130,7 +130,8 @@ static void query_lanes(const float* q, int heads, int64_t dim, float eps, const
   }
 }
 
-// qt [dim, kLanes] of query_lanes as score_rows takes it, in place, and its factor. Returns the steps.
+// qt [dim, kLanes] of query_lanes as score_rows takes it, in place, and its factor. Returns the steps. Of integers scores
+// are exponents of two.
 template <bool kTwo, class T>
 static int64_t lay_out_query(float* qt, int64_t dim, [[maybe_unused]] Vec& factor) {
   int64_t n = dim;
@@ -144,6 +145,7 @@ static int64_t lay_out_query(float* qt, int64_t dim, [[maybe_unused]] Vec& facto
   }
   if constexpr (kOfIntegers<T>) {
     n = round_lanes(qt, dim, kTwo ? 2 : 1, factor);
+    factor *= kLog2e;
     if (kTwo) factor = low_turns(factor, factor);
   }
   if constexpr (kTwo) join([](Vec even, Vec odd) { return low_turns(even, odd); });
@@ -211,8 +213,15 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
   for (int i = 0; i < read.hidden; ++i) hide(read.hides[i]);
   if (kTwo && n % 2) hide(n);
   best = larger(best, splat(-3e38f));  // where every row is hidden
+  if constexpr (kOfIntegers<T>) best *= kLog2e;  // as scores are
   if constexpr (kTwo) best = low_turns(best, best);
-  for (j = 0; j < n; j += kPer) best = larger(load(scores + j / kPer * kLanes), best);
+  Vec bests[4] = {best, best, best, best};  // one alone would wait for itself
+  const int64_t vectors_in_all = (n + kPer - 1) / kPer;
+  for (j = 0; j + 4 <= vectors_in_all; j += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) bests[i] = larger(load(scores + (j + i) * kLanes), bests[i]);
+  for (; j < vectors_in_all; ++j) bests[0] = larger(load(scores + j * kLanes), bests[0]);
+  best = larger(larger(bests[0], bests[1]), larger(bests[2], bests[3]));
   if constexpr (kTwo) best = larger(swap_pairs(best), best);
   Vec total{};
   const int64_t share = coming.share((n + kRowBlock - 1) / kRowBlock * (heads / 4));
@@ -221,7 +230,8 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
     float *p = scores + j / kPer * kLanes, scale[kLanes] = {};
     [[maybe_unused]] Vec most = splat(1e-30f);
     for (int64_t i = 0; i < vectors; ++i) {
-      Vec e = exp_below(load(p + i * kLanes) - best);
+      Vec e = load(p + i * kLanes) - best;
+      e = kOfIntegers<T> ? exp2_below(e) : exp_below(e);
       total += e;
       if constexpr (kOfIntegers<T>) {
         e *= steps_of_rows<kTwo>(read.rows + j + i * kPer);
@@ -245,6 +255,7 @@ static Partial attend_as(float* qt, int heads, int64_t dim, const RowsRead<T>& r
     }
     for (; h < heads; ++h) weigh<1, kTwo>(columns, joined, probs + h * kStep, scale + h, dim, out + h * dim, j > 0);
   }
+  if constexpr (kOfIntegers<T>) best *= 1.0f / kLog2e;
   if constexpr (kTwo) total = every_second(total + swap_pairs(total)), best = every_second(best);
   return {best, total};
 }

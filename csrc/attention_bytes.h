@@ -67,24 +67,36 @@ INLINE Vec worth(VecI sums, Vec factor, const uint32_t* const* rows) {
   return whole(sums) * (factor * steps_of_rows<kTwo>(rows));
 }
 
+typedef uint8_t LaneBytes __attribute__((vector_size(VECTOR_BYTES)));
+// Of two vectors, whose lanes are two rows in turn, each lane's lowest byte: a head's four rows in a word.
+#if VECTOR_BYTES == 64
+#define UPWELL_LOWEST_BYTES                                                                        \
+  0, 4, 64, 68, 8, 12, 72, 76, 16, 20, 80, 84, 24, 28, 88, 92, \
+  32, 36, 96, 100, 40, 44, 104, 108, 48, 52, 112, 116, 56, 60, 120, 124
+#elif VECTOR_BYTES == 32
+#define UPWELL_LOWEST_BYTES 0, 4, 32, 36, 8, 12, 40, 44, 16, 20, 48, 52, 24, 28, 56, 60
+#else
+#define UPWELL_LOWEST_BYTES 0, 4, 16, 20, 8, 12, 24, 28
+#endif
+
 // Vectors of numerators p that have their rows' steps in them, `most` at most, in place as bytes of four rows. scale: what
 // a head's are worth.
 template <bool kTwo>
 INLINE void round_numerators(float* p, int64_t vectors, Vec most, float* scale) {
   constexpr float kMost = kAdded ? 255 : 127;  // where bytes are signed, on both sides
   if (kTwo) most = larger(swap_pairs(most), most);
-  const Vec up = kMost / most;
-  auto byte = [&](int64_t i) { return round_to_int(load(p + i * kLanes) * up) & 0xff; };
+  const Vec up = kMost / most, magic = splat(kRounding);
+  auto rounded = [&](int64_t i) { return load(p + i * kLanes) * up + magic; };  // in the lowest byte
   auto* out = reinterpret_cast<uint32_t*>(p);
   for (int64_t i = 0; i < vectors; i += kTwo ? 2 : 4, out += kTwo ? kLanes / 2 : kLanes) {
-    VecI four;
     if constexpr (kTwo) {
-      const VecI both = byte(i) | byte(i + 1) << 16;
-      four = every_second(both | swap_pairs(both) << 8);
+      const auto a = reinterpret_cast<LaneBytes>(rounded(i)), b = reinterpret_cast<LaneBytes>(rounded(i + 1));
+      const auto fours = __builtin_shufflevector(a, b, UPWELL_LOWEST_BYTES);
+      __builtin_memcpy(out, &fours, sizeof fours);
     } else {
-      four = byte(i) | byte(i + 1) << 8 | byte(i + 2) << 16 | byte(i + 3) << 24;
+      auto byte = [&](int64_t k) { return reinterpret_cast<VecI>(rounded(i + k)) & 0xff; };
+      store(out, reinterpret_cast<VecQ>(byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24));
     }
-    store(out, reinterpret_cast<VecQ>(four));
   }
   most *= 1.0f / kMost;
   store(scale, kTwo ? every_second(most) : most);

@@ -70,27 +70,28 @@ struct ByTokens : LayerPass {
   }
   void multiply(const Job& job) { multiply(&job, 1); }
 
-  // x [n, hidden]: the sublayer's normed input of tokens [t0, t0 + n); their weights to leave by.
-  void enter(const Mix& mix, const float* norm, int64_t t0, int64_t n, float* x) {
-    const int64_t h = m.streams, zs = (2 + h) * h;
-    multiply({mix.fn, stream(t0), h * m.hidden, n, o.z, zs});
+  // x [n, hidden]: the sublayer's normed input of tokens [t0, t0 + n); their weights to leave by, where they will.
+  void enter(const Mix& mix, const float* norm, int64_t t0, int64_t n, float* x, bool leaves = true) {
+    const int64_t h = m.streams, zs = leaves ? (2 + h) * h : h;
+    multiply({rows_of(mix.fn, 0, zs), stream(t0), h * m.hidden, n, o.z, zs});
     for (int64_t i = 0; i < n; i += kLanes)
-      mix_any(m, mix, stream(t0 + i), o.z + i * zs, int(min64(n - i, kLanes)), false, norm, b.post + (t0 + i) * h,
+      mix_any(m, mix, stream(t0 + i), o.z + i * zs, int(min64(n - i, kLanes)), !leaves, norm, b.post + (t0 + i) * h,
               b.comb + (t0 + i) * h * h, x + i * m.hidden);
   }
 
-  void before_attention(const Layer& l, int64_t t0, int64_t n) {
-    enter(l.mix_attn, l.attn_norm, t0, n, o.x);
+  void before_attention(const Layer& l, Sides sides, int64_t t0, int64_t n) {
+    enter(l.mix_attn, l.attn_norm, t0, n, o.x, sides & kQueries);
     Job jobs[7];
-    multiply(jobs, inputs(l, o.x, t0, n, jobs));
-    for (int64_t t = t0; t < t0 + n; ++t) norm_inputs(l, t);
+    multiply(jobs, inputs(l, sides, o.x, t0, n, jobs));
+    for (int64_t t = t0; t < t0 + n; ++t) norm_inputs(l, sides, t);
   }
 
   void choose(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
     const int64_t width = m.index_heads * m.index_dim;
     for (int64_t i = 0, count; i < n; i += count) {
       const Sequence& s = sequence(t0 + i);
-      count = min64(min64(n - i, kIndexRows), s.row + s.length - t0 - i);
+      const Queries q = queries(s);
+      count = min64(min64(n - i, kIndexRows), q.row + q.length - t0 - i);
       const int64_t entries = visible(l, t0 + i + count - 1);
       if (entries <= m.index_topk) continue;
       float* scores = b.index_scores + w.id * kIndexRows * b.score_row;
@@ -112,14 +113,13 @@ struct ByTokens : LayerPass {
 
   void from_attention(const Layer& l, const LayerCache& c, int64_t t0, int64_t n) {
     const int64_t row = m.heads * m.dim + kSkew, latent = m.groups * m.o_rank, width = m.heads * m.dim / m.groups;
-    multiply({l.wq_b, b.qa + t0 * m.q_rank, m.q_rank, n, o.q, row});
     int64_t most = 0;  // a block may hold the end of one sequence and the start of another
     for (int64_t t = t0; t < t0 + n; ++t) most = max64(most, visible(l, t));
-    if (l.has_index && most > m.index_topk) {
-      const int64_t iq = m.index_heads * m.index_dim;
-      multiply({l.index_wq_b, b.qa + t0 * m.q_rank, m.q_rank, n, o.iq, iq});
-      choose(l, c, t0, n);
-    }
+    const bool chooses = l.has_index && most > m.index_topk;
+    const Job up[2] = {{l.wq_b, b.qa + t0 * m.q_rank, m.q_rank, n, o.q, row},
+                       {l.index_wq_b, b.qa + t0 * m.q_rank, m.q_rank, n, o.iq, m.index_heads * m.index_dim}};
+    multiply(up, chooses ? 2 : 1);
+    if (chooses) choose(l, c, t0, n);
     attend(l, c, t0, n);
     for (int64_t g = 0; g < m.groups; ++g)
       multiply({rows_of(l.wo_a, g * m.o_rank, m.o_rank), o.attended + g * width, row, n, o.latent + g * m.o_rank, latent});
@@ -171,11 +171,16 @@ struct ByTokens : LayerPass {
       begin(i);
       blocks([&](int64_t t0, int64_t n) {
         if (i > 0) leave_experts_of(t0, n);
-        before_attention(l, t0, n);
+        before_attention(l, narrows(i) ? kKeys : kBoth, t0, n);
       });
       w.barrier();
       if (l.ratio) {
         pool(l, c);
+        w.barrier();
+      }
+      if (narrows(i)) {
+        narrow();
+        blocks([&](int64_t t0, int64_t n) { before_attention(l, kQueries, t0, n); });
         w.barrier();
       }
       blocks([&](int64_t t0, int64_t n) { from_attention(l, c, t0, n); });

@@ -25,8 +25,7 @@ INLINE Steps steps_of(const float* x, int64_t n) {
     const VecI bits = reinterpret_cast<VecI>(load_at(x, i, n)) & 0x7fffffff;
     most = bits > most ? bits : most;
   }
-  int32_t top = 0;
-  for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+  const int32_t top = fold_lanes(most, [](auto a, auto b) { return a > b ? a : b; });
   if (top >= 0x7f800000) return {__builtin_nanf(""), 0.0f};
   float amax;
   __builtin_memcpy(&amax, &top, 4);
@@ -43,9 +42,7 @@ INLINE RoundedRow round_bytes(const float* x, int64_t n, int64_t padded, int8_t*
     sum += integers;
     *reinterpret_cast<EighthBytes*>(bytes + i) = __builtin_convertvector(integers, EighthBytes);
   }
-  int32_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return {steps.step, total};
+  return {steps.step, sum_lanes(sum)};
 }
 
 // x [t, n] into in.space. F: kInt8, bytes in their order; kInt4, of each 2 * VECTOR_BYTES columns the even ones first.

@@ -18,11 +18,24 @@ struct LayerPass {
   const Call& call;
   const Model& m;
   Buffers& b;
-  int64_t T;
+  int64_t T;              // tokens that are computed
+  bool narrowed = false;  // of each sequence, they are its last one
 
   float* stream(int64_t t) { return call.streams + t * m.streams * m.hidden; }
   const Sequence& sequence(int64_t t) { return call.sequences[b.sequence_of[t]]; }
-  int64_t position(int64_t t) { return sequence(t).start + t - sequence(t).row; }
+  // A sequence's tokens among those that are computed: their first one's number and position, and how many.
+  struct Queries {
+    int64_t row, start, length;
+  };
+  Queries queries(const Sequence& s) {
+    if (narrowed) return {&s - call.sequences, s.start + s.length - 1, 1};
+    return {s.row, s.start, s.length};
+  }
+  int64_t token(int64_t t) { return narrowed ? sequence(t).row + sequence(t).length - 1 : t; }  // among all of the call
+  int64_t position(int64_t t) {
+    const Queries q = queries(sequence(t));
+    return q.start + t - q.row;
+  }
   int64_t visible(const Layer& l, int64_t t) { return l.ratio ? (position(t) + 1) / l.ratio : 0; }
   const float* turn(const Layer& l, int64_t t) { return b.turn[l.ratio != 0] + t * 2 * m.rope; }
 
@@ -50,20 +63,41 @@ struct LayerPass {
     }
   }
 
+  // In the last layer, whose keys are there: of each sequence only the last token goes on, in the row of its number.
+  void narrow() {
+    if (w.id == 0)
+      for (int64_t s = 0; s < call.sequence_count; ++s) {
+        const int64_t t = call.sequences[s].row + call.sequences[s].length - 1;  // t >= s
+        auto move = [&](float* rows, int64_t n) { __builtin_memmove(rows + s * n, rows + t * n, sizeof(float) * size_t(n)); };
+        move(call.streams, m.streams * m.hidden);
+        for (float* turns : b.turn) move(turns, 2 * m.rope);
+        b.sequence_of[s] = int32_t(s);
+      }
+    w.barrier();
+    T = call.sequence_count, narrowed = true;
+  }
+  bool narrows(int64_t layer) { return call.only_last && layer == call.layer_count - 1 && T > call.sequence_count; }
+
+  // What is projected of a layer's input: what is asked with, and what is found.
+  enum Sides { kQueries = 1, kKeys = 2, kBoth = 3 };
+
   // The projections of a layer's input, all at once.
-  int inputs(const Layer& l, const float* x, int64_t t0, int64_t t, Job* jobs) {
+  int inputs(const Layer& l, Sides sides, const float* x, int64_t t0, int64_t t, Job* jobs) {
     const Compressor &main = l.compressor, &index = l.index_compressor;
     int n = 0;
     auto add = [&](const Matrix& a, float* out, int64_t width) {
       jobs[n++] = {a, x, m.hidden, t, out + t0 * width, width};
     };
-    add(l.wq_a, b.qa, m.q_rank);
+    if (sides & kQueries) {
+      add(l.wq_a, b.qa, m.q_rank);
+      if (l.has_index) add(l.index_weights, b.iweights, m.index_heads);
+    }
+    if (!(sides & kKeys)) return n;
     add(l.wkv, b.kv, m.dim);
     if (l.ratio) add(main.wkv, b.ckv, main.width), add(main.wgate, b.cgate, main.width);
     if (l.has_index) {
       add(index.wkv, b.ikv, index.width);
       add(index.wgate, b.igate, index.width);
-      add(l.index_weights, b.iweights, m.index_heads);
     }
     return n;
   }
@@ -75,15 +109,20 @@ struct LayerPass {
   }
 
   // What follows the projections of one token: norms, the latent's rotation, the gates' position bias.
-  void norm_inputs(const Layer& l, int64_t t) {
-    float *qa = b.qa + t * m.q_rank, *kv = b.kv + t * m.dim;
-    rms_norm(qa, qa, l.q_norm, m.q_rank, float(m.norm_eps));
+  void norm_inputs(const Layer& l, Sides sides, int64_t t) {
+    if (sides & kQueries) norm_queries(l, t);
+    if (!(sides & kKeys)) return;
+    float* kv = b.kv + t * m.dim;
     rms_norm(kv, kv, l.kv_norm, m.dim, float(m.norm_eps));
     rotate(kv + m.dim - m.rope, turn(l, t), m.rope, 1.0f);
     if (m.bytes) round_to_row(kv, m.dim, b.kv_bytes + t * byte_row(m.dim));
     if (l.ratio) compress_gate(l.compressor, b.cgate, t);
+    if (l.has_index) compress_gate(l.index_compressor, b.igate, t);
+  }
+  void norm_queries(const Layer& l, int64_t t) {
+    float* qa = b.qa + t * m.q_rank;
+    rms_norm(qa, qa, l.q_norm, m.q_rank, float(m.norm_eps));
     if (!l.has_index) return;
-    compress_gate(l.index_compressor, b.igate, t);
     const float scale = 1.0f / std::sqrt(float(m.index_dim) * float(m.index_heads));
     float* weights = b.iweights + t * m.index_heads;
     map(weights, weights, m.index_heads, [&](Vec v, int64_t) { return v * scale; });
@@ -410,7 +449,7 @@ struct LayerPass {
   // The window of token t, where that isn't the window of the token before.
   Coming coming_window(const LayerCache& c, int64_t t) {
     const Sequence& s = sequence(t);
-    if (s.row != t) return {};
+    if (queries(s).row != t) return {};
     const char* at = window_of(c, s);
     return {at, at + min64(s.start, m.window) * latent_row()};
   }
@@ -461,7 +500,7 @@ struct LayerPass {
     map(s, s, m.experts, [&](Vec v, int64_t) { return select(v > 20.0f, v, softplus(v)); });
     for (int64_t e = 0; e < m.experts; ++e) s[e] = std::sqrt(s[e]);
     if (l.tid2eid == nullptr) best_experts(s, l.gate_bias, m.experts, k, chosen);
-    else for (int64_t i = 0; i < k; ++i) chosen[i] = int32_t(l.tid2eid[call.ids[t] * k + i]);
+    else for (int64_t i = 0; i < k; ++i) chosen[i] = int32_t(l.tid2eid[call.ids[token(t)] * k + i]);
     float total = 0.0f;
     for (int64_t i = 0; i < k; ++i) total += s[chosen[i]];
     for (int64_t i = 0; i < k; ++i) b.route_weights[t * k + i] = s[chosen[i]] / total * float(m.routed_scaling);

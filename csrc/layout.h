@@ -113,6 +113,7 @@ struct Call {
   int64_t parts;   // 0: all. Otherwise of these tokens, with the buffers below in place of the workspace's
   float *x, *y;        // [tokens, D]
   float *post, *comb;  // [tokens, h], [tokens, h, h]
+  int64_t only_last;   // 1: of each sequence the streams after its last token alone, first in `streams`. Not with `parts`
 };
 
 struct ExpertsCall {  // a layer's routed experts alone: y [tokens, hidden] = each token's experts, weighted and summed

@@ -101,9 +101,7 @@ static auto of_format(int64_t format, Function f) {
 // Of words of FP8 codes: bits that any_nan finds where one is NaN.
 INLINE VecI nan_bits(VecI word) { return (word & 0x7f7f7f7f) + 0x01010101; }
 static bool any_nan(VecI bits) {
-  int32_t any = 0;
-  for (int lane = 0; lane < kLanes; ++lane) any |= bits[lane];
-  return any & int32_t(0x80808080);
+  return fold_lanes(bits, [](auto a, auto b) { return a | b; }) & int32_t(0x80808080);
 }
 
 template <int R, int C>

@@ -66,7 +66,7 @@ struct ByWeights : LayerPass {
   void choose(const Layer& l, const LayerCache& c) {
     int64_t groups = 0, most = 0;
     for (int64_t s = 0; s < call.sequence_count; ++s) {
-      const Sequence& q = call.sequences[s];
+      const Queries q = queries(call.sequences[s]);
       groups += (q.length + kIndexRows - 1) / kIndexRows;
       most = max64(most, (q.start + q.length) / l.ratio);
     }
@@ -80,8 +80,10 @@ struct ByWeights : LayerPass {
       const int64_t part = u % parts;
       float* scores = b.index_scores + (parts > 1 ? group : w.id) * kIndexRows * b.score_row;
       const Sequence* s = call.sequences;
-      for (; group >= (s->length + kIndexRows - 1) / kIndexRows; ++s) group -= (s->length + kIndexRows - 1) / kIndexRows;
-      const int64_t t0 = s->row + group * kIndexRows, count = min64(s->row + s->length - t0, kIndexRows);
+      auto groups_of = [&](const Queries& q) { return (q.length + kIndexRows - 1) / kIndexRows; };
+      Queries q = queries(*s);
+      for (; group >= groups_of(q); q = queries(*++s)) group -= groups_of(q);
+      const int64_t t0 = q.row + group * kIndexRows, count = min64(q.row + q.length - t0, kIndexRows);
       const int64_t entries = visible(l, t0 + count - 1);
       if (entries <= m.index_topk) return;
       if (part * step < entries) {
@@ -157,12 +159,21 @@ struct ByWeights : LayerPass {
     finish_heads(out, heads, d, 1.0f / total, turn, m.rope);
   }
 
-  void attention(const Layer& l, const LayerCache& c) {
+  void project(const Layer& l, Sides sides) {
     Job in[7];
-    run_jobs(w, b, in, inputs(l, b.x, 0, T, in));
+    run_jobs(w, b, in, inputs(l, sides, b.x, 0, T, in));
     w.barrier();
-    tokens([&](int64_t t) { norm_inputs(l, t); });
+    tokens([&](int64_t t) { norm_inputs(l, sides, t); });
     w.barrier();
+  }
+
+  void attention(const Layer& l, const LayerCache& c, bool narrows) {
+    project(l, narrows ? kKeys : kBoth);
+    if (narrows) {
+      narrow();
+      enter(l.mix_attn, l.attn_norm);
+      project(l, kQueries);
+    }
     Job up[2] = {{l.wq_b, b.qa, m.q_rank, T, b.q, m.heads * m.dim},
                  {l.index_wq_b, b.qa, m.q_rank, T, b.iq, m.index_heads * m.index_dim}};
     run_jobs(w, b, up, l.has_index ? 2 : 1);
@@ -298,7 +309,7 @@ struct ByWeights : LayerPass {
       begin(i);
       if (call.expect != nullptr && l.tid2eid == nullptr) guess(l, i);
       if (parts & kEnterAttention) enter(l.mix_attn, l.attn_norm);
-      if (parts & kAttention) attention(l, call.caches[i]);
+      if (parts & kAttention) attention(l, call.caches[i], narrows(i));
       if (parts & kLeaveAttention) leave_all();
       if (parts & kEnterExperts) enter(l.mix_ffn, l.ffn_norm);
       if (parts & kExperts && !experts(l, i)) return;

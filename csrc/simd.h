@@ -145,20 +145,22 @@ INLINE void finish_past_cache() {
 #endif
 }
 
-INLINE float sum_lanes(Vec v) {
+// f of all lanes of a Vec or VecI, by halves.
+template <class V, class F>
+INLINE auto fold_lanes(V v, F f) {
 #if VECTOR_BYTES == 64
-  typedef float V8 __attribute__((vector_size(32)));
-  typedef float V4 __attribute__((vector_size(16)));
-  V8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  V4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const auto a = f(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const auto b = f(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
 #elif VECTOR_BYTES == 32
-  typedef float V4 __attribute__((vector_size(16)));
-  V4 b = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const auto b = f(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7));
 #else
-  Vec b = v;
+  const V b = v;
 #endif
-  return (b[0] + b[1]) + (b[2] + b[3]);
+  return f(f(b[0], b[1]), f(b[2], b[3]));
+}
+template <class V>
+INLINE auto sum_lanes(V v) {
+  return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
 // The lane sums of a, b, c, d, into out[0..3]: a transposition that adds, cheaper than four sum_lanes.
@@ -246,8 +248,9 @@ INLINE Vec larger(Vec a, Vec b) {  // b where either is NaN
 }
 
 // To the nearest whole number, |x| < 2^22: adding 1.5 * 2^23 rounds, and the low bits then hold it.
+constexpr float kRounding = 12582912.0f;
 INLINE VecI round_to_int(Vec x) {
-  const Vec magic = splat(12582912.0f);
+  const Vec magic = splat(kRounding);
   return reinterpret_cast<VecI>(x + magic) - reinterpret_cast<VecI>(magic);
 }
 
@@ -263,7 +266,8 @@ INLINE Vec exp2_below(Vec x) {
   return select(x < -126.0f, zero(), reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23)));
 }
 
-INLINE Vec exp_below(Vec x) { return exp2_below(x * 1.44269504f); }
+constexpr float kLog2e = 1.44269504f;
+INLINE Vec exp_below(Vec x) { return exp2_below(x * kLog2e); }
 
 // log(1 + e^x), by log1p(u) = 2 atanh(u / (2 + u)).
 INLINE Vec softplus(Vec x) {

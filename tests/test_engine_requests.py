@@ -268,9 +268,8 @@ def test_a_prompt_is_cut_finer_while_others_decode(ragged: bool, monkeypatch: py
     engine.step()
     runs: list[list[int]] = []
     extend = engine.runner._extend
-    monkeypatch.setattr(
-        engine.runner, "_extend", lambda who, tokens: (runs.append([len(t) for t in tokens]), extend(who, tokens))[1]
-    )
+    monkeypatch.setattr(engine.runner, "_extend", lambda who, tokens, only_last: (
+        runs.append([len(t) for t in tokens]), extend(who, tokens, only_last))[1])  # fmt: skip
     engine.add(engine.request(ids(900, 1), few(1), lambda delta: None))
     engine.step()
     assert runs == ([[1, LEAST]] if ragged else [[1], [LEAST]])
@@ -317,10 +316,12 @@ def test_a_request_that_breaks_the_model_ends_alone(drafts: int, monkeypatch: py
 
         requests = [engine.request(ids(20 + k, k), params, sink(k)) for k in range(4)]
 
-        def breaking(who: Any, tokens: Any, extend: Any = extend, bad: Any = requests[2], at: int = at) -> torch.Tensor:
+        def breaking(
+            who: Any, tokens: Any, only_last: bool, extend: Any = extend, bad: Any = requests[2], at: int = at
+        ) -> torch.Tensor:
             if any(s.request is bad and len(s.output) >= at for s in who):
                 raise RuntimeError("its fault")
-            return extend(who, tokens)  # type: ignore[no-any-return]
+            return extend(who, tokens, only_last)  # type: ignore[no-any-return]
 
         monkeypatch.setattr(engine.runner, "_extend", breaking)
         for request in requests:

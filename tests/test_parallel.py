@@ -75,8 +75,8 @@ def run(model: Transformer) -> Tensor:
         streams = model.streams(ids[None, :150], cache, Step([1], [0], [150], tables[:1]))
         out.append(model.logits(streams[[149]]))
         both = torch.cat((ids[150:281], ids[300:377]))[None]  # 131 more tokens of one, 77 first ones of another
-        streams = model.streams(both, cache, Step([1, 2], [150, 0], [131, 77], tables))
-        out.append(model.logits(streams[[130, 207]]))
+        streams = model.streams(both, cache, Step([1, 2], [150, 0], [131, 77], tables), only_last=True)
+        out.append(model.logits(streams))
         for i in range(2):
             last = ids[[281 + i, 377 + i]].unsqueeze(1)
             streams = model.streams(last, cache, Step([1, 2], [281 + i, 77 + i], [1, 1], tables))

@@ -142,8 +142,9 @@ def test_a_prompt_that_begins_alike_goes_on_from_the_last_cut() -> None:
 def test_requests_that_come_together_share_one_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     streams = Transformer.streams
-    monkeypatch.setattr(Transformer, "streams", lambda self, x, cache, step: (
-        computed.append(sum(n for n in step.lengths if n > 1)), streams(self, x, cache, step))[1])  # fmt: skip
+    monkeypatch.setattr(Transformer, "streams", lambda self, x, cache, step, last: (
+        computed.append(sum(n for n in step.lengths if n > 1)), streams(self, x, cache, step, last)
+    )[1])  # fmt: skip
     params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=5, ignore_eos=True)
     for caching in (True, False):
         computed.clear()

@@ -69,17 +69,12 @@ class Ours:
         def extend(new: Tensor, start: int) -> Tensor:
             count = new.shape[1]
             step = Step(list(range(batch)), [start] * batch, [count] * batch, tables, self.model.device)
-            streams = self.model.streams(new, cache, step).view(batch, count, *self._shape)
-            return self.model.logits(streams[:, -1])
+            return self.model.logits(self.model.streams(new, cache, step, only_last=True))
 
         logits = torch.empty(0)
         for begin in range(0, length, CHUNK):
             logits = extend(ids[:, begin : begin + CHUNK], begin)
         return extend, logits
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return self.model.config.hc_mult, self.model.config.hidden_size
 
 
 class Transformers:

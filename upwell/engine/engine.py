@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TypedDict
 
@@ -290,6 +291,7 @@ class Engine:
         if not batch:
             return
         ready: list[tuple[int, Sequence]] = []  # row of streams, and whose next token it gives
+        forked = False
         try:
             streams = self.runner.streams(batch) if batch[0][1] else batch[0][0].restored
             assert streams is not None
@@ -298,20 +300,22 @@ class Engine:
                 self.scheduler.computed(sequence, tokens)
                 if is_prompt:
                     self._save(sequence, streams[row])
-                if sequence.status is Status.DECODE:
-                    forks = self.scheduler.fork(sequence) if is_prompt and not sequence.alone else []
-                    ready += [(row, s) for s in (sequence, *forks)]
-                    for fork in forks:
-                        self.runner.fork(sequence, fork)
+                if sequence.status is not Status.DECODE:
+                    continue
+                ready.append((row, sequence))
+                for fork in self.scheduler.fork(sequence) if is_prompt and not sequence.alone else ():
+                    forked = True
+                    ready.append((row, fork))
+                    self.runner.fork(sequence, fork)
             masks = [None if s.mask is None else self._mask(s) for _, s in ready]
             kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
             if kept:
-                rows = [ready[i][0] for i in kept]
-                once = list(dict.fromkeys(rows))  # forks share a row
+                rows, sequences = zip(*(ready[i] for i in kept), strict=True)
+                once = list(dict.fromkeys(rows)) if forked else list(rows)  # forks share a row
                 logits = self.runner.logits(streams if len(once) == len(streams) else streams[once])
                 if len(once) < len(rows):
                     logits = logits[[once.index(row) for row in rows]]
-                self._sample(logits, [ready[i][1] for i in kept], [masks[i] for i in kept])
+                self._sample(logits, sequences, [masks[i] for i in kept])
         except RankError:
             raise  # nothing runs any more
         except Exception as error:
@@ -391,7 +395,7 @@ class Engine:
         if at == len(sequence) and not sequence.output:
             self.prefix.save_whole(keys, sequence.slot, sequence.table, streams)
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence], allowed: list[Allowed]) -> None:
+    def _sample(self, logits: Tensor, sequences: Items[Sequence], allowed: list[Allowed]) -> None:
         for sequence, draw in zip(sequences, sample(logits, sequences, allowed), strict=True):
             self._append(sequence, draw)
 

@@ -96,8 +96,12 @@ class SamplingParams:
     @cached_property
     def is_plain(self) -> bool:
         """Greedy, with nothing that changes the logits or reports them."""
-        changed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
-        return self.is_greedy and self.logprobs is None and not changed
+        return self.is_greedy and self.logprobs is None and not (self.penalizes or self.logit_bias)
+
+    @cached_property
+    def penalizes(self) -> bool:
+        """What was there before changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
     @property
     def stops(self) -> tuple[str, ...]:

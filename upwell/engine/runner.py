@@ -31,11 +31,14 @@ class Runner:
 
     def streams(self, batch: list[tuple[Sequence, int]]) -> Tensor:
         """The next n tokens of each (sequence, n) -> streams [B, h, D] after the last of them."""
-        lengths = [n for _, n in batch]
-        streams = self._extend([s for s, _ in batch], [s.tokens(s.computed, s.computed + n) for s, n in batch])
+        sequences, lengths = [s for s, _ in batch], [n for _, n in batch]
+        tokens = [s.tokens(s.computed, s.computed + n) for s, n in batch]
         # Where MTP has fallen behind, what follows the prompt isn't for it.
-        if self.reader is not None and any(s.unread is not None or s.status is Status.PREFILL for s, _ in batch):
-            for (sequence, _), rows in zip(batch, streams.split(lengths), strict=True):
+        reads = self.reader is not None and any(s.unread is not None or s.status is Status.PREFILL for s in sequences)
+        streams = self._extend(sequences, tokens, only_last=not reads)
+        if reads:
+            assert self.reader is not None
+            for sequence, rows in zip(sequences, streams.split(lengths), strict=True):
                 self.reader(sequence, sequence.computed, rows)
         if len(streams) > len(batch):
             streams = streams[torch.tensor(list(accumulate(lengths)), device=streams.device) - 1]
@@ -45,8 +48,9 @@ class Runner:
         """Each sequence's last token and its drafted ones -> streams [T, h, D], one sequence after another."""
         return self._extend(sequences, [[s.output[-1], *tokens] for s, tokens in zip(sequences, drafts, strict=True)])
 
-    def _extend(self, sequences: list[Sequence], tokens: list[list[int]]) -> Tensor:
-        """Compute these tokens of each sequence -> streams [T, h, D], one sequence after another."""
+    def _extend(self, sequences: list[Sequence], tokens: list[list[int]], only_last: bool = False) -> Tensor:
+        """Compute these tokens of each sequence -> streams [T, h, D], one sequence after another, or those after its
+        last token [B, h, D]."""
         device = self.device
         # By way of numpy: for a few numbers torch.tensor takes as long as one of nano's layers.
         ids = torch.from_numpy(np.array([[token for row in tokens for token in row]], dtype=np.int64)).to(device)
@@ -54,7 +58,7 @@ class Runner:
         step = Step(slots, starts, [len(row) for row in tokens], [s.table for s in sequences], device)
         if self.graphs is not None and step.is_decode:
             return self.graphs.streams([row[0] for row in tokens], step)
-        return self.model.streams(ids, self.cache, step)
+        return self.model.streams(ids, self.cache, step, only_last)
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams [T, h, D] -> logits [T, V], FP32."""

@@ -70,7 +70,7 @@ class Sequence:
         self.detokenizer = detokenizer
         self.output: list[int] = []
         self.mask = request.token_mask if request.new_mask is None else request.new_mask()
-        self.counts: Counter[int] = Counter()  # of output tokens, for the penalties
+        self.counts: Counter[int] = Counter()  # of output tokens, where a penalty needs them
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.computed = 0
@@ -114,25 +114,25 @@ class Sequence:
 
     def append(self, token: int, logprob: TokenLogprob | None) -> None:
         """Take a drawn token, decide whether it is the last, and send what it adds."""
-        self.output.append(token)
-        self.counts[token] += 1
-        if not self.params.is_greedy:
+        output, params, detokenizer, text = self.output, self.params, self.detokenizer, ""
+        output.append(token)
+        if params.penalizes:
+            self.counts[token] += 1
+        if not params.is_greedy:
             self.uniform()
             self._uniforms.popleft()
-        enough = len(self.output) >= self.params.min_tokens
-        text = ""
         if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
             self.finish_reason = "stop"
         else:
-            if self.detokenizer is not None:
-                text = self.detokenizer.push(token, enough)
-                if self.detokenizer.stopped:
+            if detokenizer is not None:
+                text = detokenizer.push(token, len(output) >= params.min_tokens)
+                if detokenizer.stopped:
                     self.finish_reason = "stop"
-            if self.finish_reason is None and len(self.output) >= self.request.limit:
+            if self.finish_reason is None and len(output) >= self.request.limit:
                 self.finish_reason = "length"
-        if self.finish_reason is not None and self.detokenizer is not None:
-            text += self.detokenizer.finish()
-            if self.detokenizer.stopped:
+        if self.finish_reason is not None and detokenizer is not None:
+            text += detokenizer.finish()
+            if detokenizer.stopped:
                 self.finish_reason = "stop"  # the stop string was complete only with the last bytes
         logprobs = () if logprob is None else (logprob,)
         self.request.sink(Delta(self.index, text, (token,), logprobs, self.finish_reason))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -208,6 +209,12 @@ class Step:
 
     def is_ragged(self, input_ids: Tensor) -> bool:
         return input_ids.shape[0] != len(self.lengths)
+
+    def last_rows(self, input_ids: Tensor) -> Tensor:
+        """Of the flattened input_ids, the row of each sequence's last new token: [B]."""
+        width = 0 if self.is_ragged(input_ids) else input_ids.shape[1]
+        ends = [b * width + n for b, n in enumerate(self.lengths)] if width else list(accumulate(self.lengths))
+        return torch.tensor(ends, device=input_ids.device) - 1
 
     @property
     def is_decode(self) -> bool:

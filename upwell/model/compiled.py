@@ -400,6 +400,7 @@ class Piece:
     """Tokens that one call takes through the layers: `rows` of the flattened input, of these sequences."""
 
     sequences: array[int]  # csrc/layout.h's Sequence, field by field
+    first: int  # the first one's number among the step's
     tokens: int
     rows: slice | Tensor
     tables: array[int]  # what the sequences point to
@@ -419,7 +420,8 @@ def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
     at_table = tables.buffer_info()[0]
     padded = 0 if step.is_ragged(input_ids) else input_ids.shape[1]  # a sequence's rows of the input; 0: its tokens
     sequences, spans, tokens, first = array("q"), [], 0, 0
-    for slot, start, length, table in zip(step.slots, step.starts, step.lengths, step.tables, strict=True):
+    owners = zip(step.slots, step.starts, step.lengths, step.tables, strict=True)
+    for number, (slot, start, length, table) in enumerate(owners):
         done = 0
         while done < length:
             count = min(CHUNK - tokens, length - done)
@@ -427,12 +429,18 @@ def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
             spans.append((first + done, count))
             done, tokens = done + count, tokens + count
             if tokens == CHUNK:
-                yield Piece(sequences, tokens, _rows(spans, tokens), tables)
+                yield _piece(sequences, number, spans, tokens, tables)
                 sequences, spans, tokens = array("q"), [], 0
         at_table += 8 * len(table)
         first += padded or length
     if tokens:
-        yield Piece(sequences, tokens, _rows(spans, tokens), tables)
+        yield _piece(sequences, len(step.lengths) - 1, spans, tokens, tables)
+
+
+def _piece(
+    sequences: array[int], last: int, spans: list[tuple[int, int]], tokens: int, tables: array[int]
+) -> Piece:
+    return Piece(sequences, last + 1 - len(spans), tokens, _rows(spans, tokens), tables)
 
 
 def _rows(spans: list[tuple[int, int]], count: int) -> slice | Tensor:
@@ -459,16 +467,19 @@ def takes(model: Transformer, cache: KVCache) -> bool:
 
 def run_layers(
     plan: Plan, input_ids: Tensor, cache: KVCache, step: Step, embed: Tensor | None = None,
-    streams: Tensor | None = None, mtp: int | None = None, load: Tensor | None = None,
+    streams: Tensor | None = None, mtp: int | None = None, load: Tensor | None = None, only_last: bool = False,
 ) -> Tensor:  # fmt: skip
     """Streams [B*S, h, D] after all layers (or MTP block `mtp`), which extend the cache. They begin as rows of
-    embed [V, D], or as `streams`, which are overwritten.
+    embed [V, D], or as `streams`, which are overwritten. only_last: those after each sequence's last token, [B, h, D],
+    and no more of the last layer than they and the cache need; begun as rows of embed.
 
     load [layers + MTP blocks, E]: tokens by expert, counted on. The cache has to be one that the kernels take.
     """
     ids = input_ids.contiguous().view(-1)
+    only_last = only_last and len(ids) > len(step.lengths)
     if streams is None:
-        streams = torch.empty(ids.shape[0], plan.model.streams, plan.model.hidden)
+        streams = torch.empty(min(CHUNK, len(ids)) if only_last else len(ids), plan.model.streams, plan.model.hidden)
+    lasts = streams.new_empty(len(step.lengths), *streams.shape[1:]) if only_last else None
     with plan.lock:
         caches = caches_of(plan, cache, mtp)
         table, stride = (None, 0) if embed is None else (embed.data_ptr(), embed.stride(0))
@@ -479,16 +490,19 @@ def run_layers(
             if isinstance(rows, slice):
                 first = rows.start
             else:
-                part, part_ids = streams[rows], ids[rows]
+                part, part_ids = streams if only_last else streams[rows], ids[rows]
+            at_streams = part.data_ptr() + (0 if only_last else 4 * first * width)
             model, layers = plan.of(piece.tokens, threads, mtp)
             call = native.Call(
                 model, layers, caches, len(layers), piece.address, piece.count, piece.tokens, BLOCK_TOKENS,
-                part_ids.data_ptr() + 8 * first, table, stride, part.data_ptr() + 4 * first * width, load=counts,
+                part_ids.data_ptr() + 8 * first, table, stride, at_streams, load=counts, only_last=only_last,
             )  # fmt: skip
             run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
-            if part is not streams:
+            if lasts is not None:  # a sequence that goes on in the next piece comes again
+                lasts[piece.first : piece.first + piece.count] = part[: piece.count]
+            elif not isinstance(rows, slice):
                 streams[rows] = part
-    return streams
+    return streams if lasts is None else lasts
 
 
 def run(plan: Plan, call: native.Call, paged: Callbacks | None = None) -> None:

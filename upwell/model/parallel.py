@@ -182,9 +182,12 @@ class ParallelTransformer(Transformer):
             cache.tell = None if self.lead is None else self.lead.tell
             return cache
 
-    def streams(self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None) -> Tensor:
+    def streams(
+        self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None, only_last: bool = False
+    ) -> Tensor:
         with self._together("streams", _values(step), (input_ids,)):
-            return self._all_layers(self._embedded, input_ids, cache, step, None)
+            streams = self._all_layers(self._embedded, input_ids, cache, step, None)
+        return streams[step.last_rows(input_ids)] if only_last and step is not None else streams
 
     def draft_streams(
         self, next_ids: Tensor, streams: Tensor, cache: KVCache | None = None, step: Step | None = None, depth: int = 0

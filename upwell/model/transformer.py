@@ -37,14 +37,18 @@ class Block(nn.Module):
         self.hc_ffn = HyperConnection(config)
 
     def forward(
-        self, streams: Streams, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None
-    ) -> Streams:
-        """streams [B*S, h, D], input_ids [B, S] -> streams."""
+        self, streams: Streams, input_ids: Tensor, rope: Rope, cache: LayerCache | None, step: Step | None,
+        rows: Tensor | None = None,
+    ) -> Streams:  # fmt: skip
+        """streams [B*S, h, D], input_ids [B, S] -> streams; those of `rows` [N] alone where they are given."""
         x, past, post, comb = self.hc_attn.enter(streams, self.attn_norm)
         out = self.attn(x.view(*input_ids.shape, -1), rope, cache, step).flatten(0, 1)
+        input_ids = input_ids.flatten()
+        if rows is not None:
+            out, past, post, comb, input_ids = (t[rows] for t in (out, past, post, comb, input_ids))
         streams = self.hc_attn.leave(past, out, post, comb)
         x, past, post, comb = self.hc_ffn.enter(streams, self.ffn_norm)
-        return self.hc_ffn.leave(past, self.ffn(x, input_ids.flatten()), post, comb)
+        return self.hc_ffn.leave(past, self.ffn(x, input_ids), post, comb)
 
 
 class MTPBlock(Block):
@@ -145,28 +149,37 @@ class Transformer(nn.Module):
         streams = self.streams(input_ids, cache, step)
         return self.logits(streams).view(*input_ids.shape, -1)
 
-    def streams(self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None) -> Tensor:
+    def streams(
+        self, input_ids: Tensor, cache: KVCache | None = None, step: Step | None = None, only_last: bool = False
+    ) -> Tensor:
         """The final residual streams [B*S, h, D], before the hyper head: what logits and MTP both start from.
 
-        A ragged step's input [1, T] gives [T, h, D].
+        A ragged step's input [1, T] gives [T, h, D]. only_last, with a step: those after each sequence's last new
+        token, [B, h, D], all that its next token needs. The other tokens leave the last layer when it has their keys.
         """
         if self.pages is not None:
             expect_hash_layers(self, self.pages, input_ids)
         if cache is not None and step is not None and (plan := self._plan_for(cache, step)) is not None:
-            return compiled.run_layers(plan, input_ids, cache, step, self.embed.weight, load=self.expert_load)
+            return compiled.run_layers(
+                plan, input_ids, cache, step, self.embed.weight, load=self.expert_load, only_last=only_last
+            )
         embedded = self.embed(input_ids).flatten(0, 1).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         if step is not None and step.is_ragged(input_ids):
             parts = input_ids[0].split(step.lengths)
             padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+            if only_last:
+                return self.streams(padded, cache, step, True)
             at = torch.cat([b * padded.shape[1] + torch.arange(n) for b, n in enumerate(step.lengths)])
             return self.streams(padded, cache, step)[at.to(input_ids.device)]
+        rows = step.last_rows(input_ids) if only_last and step is not None and input_ids.shape[1] > 1 else None
         plain, compressed = self._ropes(input_ids, step)
         streams: Streams = embedded
         for i, block in enumerate(self.layers):
             if self.pages is not None and embedded.shape[0] <= GUESSED_TOKENS:
                 expect_choice(self.pages, i, block, settled(streams))
             rope = compressed if self.config.compress_ratios[i] else plain
-            streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step)
+            last = i == len(self.layers) - 1
+            streams = block(streams, input_ids, rope, cache.layers[i] if cache else None, step, rows if last else None)
         return settled(streams)
 
     @property

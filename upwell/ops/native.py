@@ -80,6 +80,7 @@ class Call(ctypes.Structure):
         ("streams", c_void_p), ("workspace", c_void_p),
         ("workspace_floats", c_int64), ("picks", c_void_p), ("take", TAKE), ("expect", EXPECT),
         ("load", c_void_p), ("parts", c_int64), *((name, c_void_p) for name in ("x", "y", "post", "comb")),
+        ("only_last", c_int64),
     ]  # fmt: skip
 
 
