@@ -46,19 +46,42 @@ static void run_jobs(Worker& w, Buffers& b, const Job* jobs, int count) {
 }
 
 struct ByWeights : LayerPass {
-  void enter(const Mix& mix, const float* norm) {
-    const int64_t zs = (2 + m.streams) * m.streams, rows = 4, cut = 48;  // few rows, many columns: small units
-    const Job job{mix.fn, call.streams, m.streams * m.hidden, T, b.z, zs};
-    w.units((zs + rows - 1) / rows * ((T + cut - 1) / cut), [&](int64_t u) {
-      const int64_t first = u % ((zs + rows - 1) / rows) * rows, t0 = u / ((zs + rows - 1) / rows) * cut;
-      run_job(job, first, int(min64(rows, zs - first)), t0, min64(t0 + cut, T), b.tile, b.rows_buffer, &b.inputs, w.phase);
+  // before(t): what makes token t's streams. Of many tokens a thread takes some through all of it: they lie in its cache.
+  template <class F>
+  void enter(const Mix& mix, const float* norm, F before) {
+    const int64_t h = m.streams, zs = (2 + h) * h;
+    const Job job{mix.fn, call.streams, h * m.hidden, T, b.z, zs};
+    auto product = [&](int64_t first, int64_t rows, int64_t t0, int64_t t1) {
+      run_job(job, first, int(rows), t0, t1, b.tile, b.rows_buffer, &b.inputs, w.phase);
+    };
+    auto mixed = [&](int64_t t, int64_t end) {
+      mix_any(m, mix, stream(t), b.z + t * zs, int(min64(end - t, kLanes)), false, norm, b.post + t * h, b.comb + t * h * h,
+              b.x + t * m.hidden);
+    };
+    if (T >= 8 * w.team.size) {
+      w.units((T + kLanes - 1) / kLanes, [&](int64_t u) {
+        const int64_t t0 = u * kLanes, t1 = min64(t0 + kLanes, T);
+        for (int64_t t = t0; t < t1; ++t) before(t);
+        for (int64_t first = 0; first < zs; first += kTile) product(first, min64(kTile, zs - first), t0, t1);
+        mixed(t0, t1);
+      });
+      w.barrier();
+      return;
+    }
+    tokens(before);
+    w.barrier();
+    const int64_t rows = 4, cut = 48, groups = (zs + rows - 1) / rows;  // few rows, many columns: small units
+    w.units(groups * ((T + cut - 1) / cut), [&](int64_t u) {
+      const int64_t first = u % groups * rows, t0 = u / groups * cut;
+      product(first, min64(rows, zs - first), t0, min64(t0 + cut, T));
     });
     w.barrier();
     const int64_t end = T * (w.id + 1) / w.team.size;
-    for (int64_t t = T * w.id / w.team.size; t < end; t += kLanes)
-      mix_any(m, mix, stream(t), b.z + t * zs, int(min64(end - t, kLanes)), false, norm, b.post + t * m.streams,
-              b.comb + t * m.streams * m.streams, b.x + t * m.hidden);
+    for (int64_t t = T * w.id / w.team.size; t < end; t += kLanes) mixed(t, end);
     w.barrier();
+  }
+  void enter(const Mix& mix, const float* norm) {
+    enter(mix, norm, [](int64_t) {});
   }
 
   // picks[t]: the entries that each token reads; only for tokens that see more than the top-k. Where groups of queries
@@ -217,9 +240,7 @@ struct ByWeights : LayerPass {
   // False: an expert can't be had.
   bool experts(const Layer& l, int64_t layer) {
     route(l);
-    if (!mixture(l.experts, layer, call.take, true)) return false;
-    tokens([&](int64_t t) { sum_experts(t, b.y + t * m.hidden); });  // whoever sums a token also leaves with it
-    return true;
+    return mixture(l.experts, layer, call.take, true);
   }
 
   // b.x through the experts of b.route into b.expert_out and, with_shared, through the shared one into b.shared_out.
@@ -304,16 +325,26 @@ struct ByWeights : LayerPass {
     const int64_t parts = call.parts ? call.parts : kAllParts;
     if (w.id == 0) __builtin_memset(b.finished, 0, sizeof(int32_t) * size_t(max64(w.team.size, 1)));
     if (parts & kAttention) start();
+    bool leaves = false;  // the layer before is left as the next one is entered
     for (int64_t i = 0; i < call.layer_count; ++i) {
       const Layer& l = call.layers[i];
       begin(i);
       if (call.expect != nullptr && l.tid2eid == nullptr) guess(l, i);
-      if (parts & kEnterAttention) enter(l.mix_attn, l.attn_norm);
+      auto y = [&](int64_t t) { return b.y + t * m.hidden; };
+      if (parts & kEnterAttention)
+        enter(l.mix_attn, l.attn_norm, [&](int64_t t) {
+          if (leaves) leave_experts(t, y(t));
+        });
       if (parts & kAttention) attention(l, call.caches[i], narrows(i));
-      if (parts & kLeaveAttention) leave_all();
-      if (parts & kEnterExperts) enter(l.mix_ffn, l.ffn_norm);
+      if (parts & kEnterExperts)
+        enter(l.mix_ffn, l.ffn_norm, [&](int64_t t) {
+          if (parts & kLeaveAttention) leave(t, y(t));
+        });
+      else if (parts & kLeaveAttention) leave_all();
       if (parts & kExperts && !experts(l, i)) return;
-      if (parts & kLeaveExperts) leave_all();
+      leaves = parts == kAllParts && i + 1 < call.layer_count && call.expect == nullptr;
+      if (parts & kExperts && !leaves) tokens([&](int64_t t) { sum_experts(t, y(t)); });  // whoever sums also leaves
+      if (parts & kLeaveExperts && !leaves) leave_all();
     }
   }
 };
