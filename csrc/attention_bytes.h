@@ -70,7 +70,7 @@ INLINE Vec worth(VecI sums, Vec factor, const uint32_t* const* rows) {
 typedef uint8_t LaneBytes __attribute__((vector_size(VECTOR_BYTES)));
 // Of two vectors, whose lanes are two rows in turn, each lane's lowest byte: a head's four rows in a word.
 #if VECTOR_BYTES == 64
-#define UPWELL_LOWEST_BYTES                                                                        \
+#define UPWELL_LOWEST_BYTES \
   0, 4, 64, 68, 8, 12, 72, 76, 16, 20, 80, 84, 24, 28, 88, 92, \
   32, 36, 96, 100, 40, 44, 104, 108, 48, 52, 112, 116, 56, 60, 120, 124
 #elif VECTOR_BYTES == 32
@@ -101,6 +101,7 @@ INLINE void round_numerators(float* p, int64_t vectors, Vec most, float* scale) 
   most *= 1.0f / kMost;
   store(scale, kTwo ? every_second(most) : most);
 }
+#undef UPWELL_LOWEST_BYTES
 
 // What a thread keeps of its last query's rows: their columns. Neighbouring queries read mostly the same.
 struct KeptColumns {

@@ -25,7 +25,7 @@ INLINE Steps steps_of(const float* x, int64_t n) {
     const VecI bits = reinterpret_cast<VecI>(load_at(x, i, n)) & 0x7fffffff;
     most = bits > most ? bits : most;
   }
-  const int32_t top = fold_lanes(most, [](auto a, auto b) { return a > b ? a : b; });
+  const int32_t top = largest_lane(most);
   if (top >= 0x7f800000) return {__builtin_nanf(""), 0.0f};
   float amax;
   __builtin_memcpy(&amax, &top, 4);

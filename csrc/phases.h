@@ -58,7 +58,7 @@ struct ByWeights : LayerPass {
       mix_any(m, mix, stream(t), b.z + t * zs, int(min64(end - t, kLanes)), false, norm, b.post + t * h, b.comb + t * h * h,
               b.x + t * m.hidden);
     };
-    if (T >= 8 * w.team.size) {
+    if (T >= kLanes * w.team.size) {  // some for each thread
       w.units((T + kLanes - 1) / kLanes, [&](int64_t u) {
         const int64_t t0 = u * kLanes, t1 = min64(t0 + kLanes, T);
         for (int64_t t = t0; t < t1; ++t) before(t);

@@ -5,7 +5,6 @@ typedef int8_t Narrow __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), 
 typedef uint8_t V16 __attribute__((vector_size(16)));
 typedef uint8_t V16U __attribute__((vector_size(16), aligned(1), may_alias));
 
-constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 constexpr int64_t kFp8Block = 128, kFp4Group = 32;
 
 // 2^(code - 127); 255 is NaN.
@@ -92,16 +91,11 @@ INLINE float largest(const float* x, int64_t n) {
     best = select(magnitude > best, magnitude, best);
     bad += v * 0.0f;  // NaN for NaN and infinity
   }
-  float out = 0.0f, wrong = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (best[lane] > out) out = best[lane];
-    wrong += bad[lane];
-  }
-  return wrong == 0.0f ? out : __builtin_nanf("");
+  return sum_lanes(bad) == 0.0f ? largest_lane(best) : __builtin_nanf("");
 }
 
 INLINE void round_row(const float* x, float step, float most, int64_t n, int8_t* out) {
-  const Vec steps = splat(step), top = splat(most), magic = splat(kRounds);
+  const Vec steps = splat(step), top = splat(most), magic = splat(kRounding);
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec v = (load_at(x, i, n) / steps + magic) - magic;
     v = select(v > top, top, select(v < -top, -top, v));
@@ -113,7 +107,7 @@ INLINE void round_row(const float* x, float step, float most, int64_t n, int8_t*
 // Of a row rounded with this step, the squared error. Sums are exact where step and weights are few bits of like size.
 INLINE double error_of(const float* x, float step, int64_t n) {
   typedef double Wide __attribute__((vector_size(2 * VECTOR_BYTES)));
-  const Vec steps = splat(step), top = splat(127.0f), magic = splat(kRounds);
+  const Vec steps = splat(step), top = splat(127.0f), magic = splat(kRounding);
   Wide sums{};
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec v = load_at(x, i, n);
@@ -156,7 +150,7 @@ INLINE V16 max_bytes(V16 a, V16 b) { return a > b ? a : b; }
 INLINE V16 fp4_table(float scale, float step, float most) {
   V16 table{};
   for (int i = 0; i < 8; ++i) {
-    float v = (kMagnitudes[i] * scale / step + kRounds) - kRounds;
+    float v = (kMagnitudes[i] * scale / step + kRounding) - kRounding;
     v = v < most ? v : most;
     table[i] = uint8_t(int8_t(v));
     table[i + 8] = uint8_t(int8_t(-v));

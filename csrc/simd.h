@@ -162,6 +162,10 @@ template <class V>
 INLINE auto sum_lanes(V v) {
   return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
+template <class V>
+INLINE auto largest_lane(V v) {
+  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+}
 
 // The lane sums of a, b, c, d, into out[0..3]: a transposition that adds, cheaper than four sum_lanes.
 template <class V, class T>  // Vec and float, or VecI and int32_t
@@ -204,9 +208,11 @@ INLINE void sum_four(V a, V b, V c, V d, T* out) {
   *reinterpret_cast<V4U*>(out) = sums;
 }
 
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
+
 // exp to about 1 ulp; exact at -inf (0), +inf and NaN.
 INLINE Vec exp_vec(Vec x) {
-  const Vec magic = splat(12582912.0f);
+  const Vec magic = splat(kRounding);
   Vec clamped = select(x > 88.0f, splat(88.0f), select(x < -87.0f, splat(-87.0f), x));
   Vec shifted = clamped * 1.44269504f + magic;
   Vec n = shifted - magic;
@@ -247,8 +253,7 @@ INLINE Vec larger(Vec a, Vec b) {  // b where either is NaN
 #endif
 }
 
-// To the nearest whole number, |x| < 2^22: adding 1.5 * 2^23 rounds, and the low bits then hold it.
-constexpr float kRounding = 12582912.0f;
+// To the nearest whole number, |x| < 2^22: the low bits of a sum with kRounding hold it.
 INLINE VecI round_to_int(Vec x) {
   const Vec magic = splat(kRounding);
   return reinterpret_cast<VecI>(x + magic) - reinterpret_cast<VecI>(magic);
@@ -256,7 +261,7 @@ INLINE VecI round_to_int(Vec x) {
 
 // 2^x of x <= 0 (or NaN): what a softmax needs. 0 below -126.
 INLINE Vec exp2_below(Vec x) {
-  const Vec magic = splat(12582912.0f), shifted = x + magic, r = x - (shifted - magic);
+  const Vec magic = splat(kRounding), shifted = x + magic, r = x - (shifted - magic);
   Vec p = splat(1.33952310e-3f);
   p = p * r + 9.61837694e-3f;
   p = p * r + 5.55033238e-2f;

@@ -291,7 +291,6 @@ class Engine:
         if not batch:
             return
         ready: list[tuple[int, Sequence]] = []  # row of streams, and whose next token it gives
-        forked = False
         try:
             streams = self.runner.streams(batch) if batch[0][1] else batch[0][0].restored
             assert streams is not None
@@ -304,14 +303,13 @@ class Engine:
                     continue
                 ready.append((row, sequence))
                 for fork in self.scheduler.fork(sequence) if is_prompt and not sequence.alone else ():
-                    forked = True
                     ready.append((row, fork))
                     self.runner.fork(sequence, fork)
             masks = [None if s.mask is None else self._mask(s) for _, s in ready]
             kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
             if kept:
                 rows, sequences = zip(*(ready[i] for i in kept), strict=True)
-                once = list(dict.fromkeys(rows)) if forked else list(rows)  # forks share a row
+                once = list(dict.fromkeys(rows))  # forks share a row
                 logits = self.runner.logits(streams if len(once) == len(streams) else streams[once])
                 if len(once) < len(rows):
                     logits = logits[[once.index(row) for row in rows]]

@@ -6,7 +6,6 @@ Its caller, the engine's step, is in inference mode.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -38,10 +37,10 @@ class Runner:
         streams = self._extend(sequences, tokens, only_last=not reads)
         if reads:
             assert self.reader is not None
-            for sequence, rows in zip(sequences, streams.split(lengths), strict=True):
+            parts = streams.split(lengths)
+            for sequence, rows in zip(sequences, parts, strict=True):
                 self.reader(sequence, sequence.computed, rows)
-        if len(streams) > len(batch):
-            streams = streams[torch.tensor(list(accumulate(lengths)), device=streams.device) - 1]
+            streams = torch.cat([rows[-1:] for rows in parts])
         return streams
 
     def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> Tensor:
