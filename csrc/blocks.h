@@ -23,12 +23,12 @@ static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, c
   Bump at{base};
   take_shared(at, b, m, tokens, entries, threads);
   const int64_t shared = at.used, h = m.streams, inter = max64(m.inter, m.shared_inter);
-  const int64_t widest = max64(max64(m.hidden, m.q_rank), max64(max64(inter, m.heads * m.dim / m.groups), m.groups * m.o_rank));
+  const int64_t widest = max64(max64(m.hidden, m.q_rank), max64(max64(inter, m.heads * m.dim / m.groups), max64(m.groups * m.o_rank, h * m.hidden)));
   Bump own{base + shared};
   for (int i = 0; i <= thread; ++i) {
     take_own(own, b, m, entries);
-    own.take(b.tile, max64(max64(m.index_dim, h * m.hidden), widest) * kTile);
-    own.take(b.rows_buffer, 4 * max64(h * m.hidden, widest));
+    own.take(b.tile, max64(m.index_dim, widest) * kTile);
+    own.take(b.rows_buffer, 4 * widest);
     own.take(b.inputs.space, kPackedRows * packed_row_bytes(widest));
     own.take(o.z, kBlock * (2 + h) * h);
     own.take(o.x, kBlock * m.hidden);

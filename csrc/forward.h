@@ -5,6 +5,7 @@ static void forward_body(Worker& w, void* argument) {
   const Call& call = *static_cast<const Call*>(argument);
   const Model& m = *call.model;
   Buffers b;
+  b.inputs.rounds = m.rounds;
   const int64_t entries = most_entries(call.layers, call.layer_count, call.sequences, call.sequence_count);
   auto* base = reinterpret_cast<char*>(call.workspace);
   if (!call.parts && by_tokens(m, call.tokens, w.team.size)) {
@@ -13,7 +14,6 @@ static void forward_body(Worker& w, void* argument) {
     ByTokens{{w, call, m, b, call.tokens}, own}.run();
   } else {
     lay_out(m, call.tokens, entries, base, w.id, w.team.size, b);
-    b.inputs.rounds = m.rounds;
     if (call.parts) b.x = call.x, b.y = call.y, b.post = call.post, b.comb = call.comb;
     ByWeights{{w, call, m, b, call.tokens}}.run();
   }

@@ -23,7 +23,7 @@ from upwell.formats.fp4 import quantize_fp4
 from upwell.formats.fp8 import quantize_fp8
 from upwell.model import Transformer, compiled, layers, moe
 from upwell.model import attention as model_attention
-from upwell.ops import attention, native
+from upwell.ops import attention, hyper_connections, native
 from upwell.ops.linear import dense_weight, linear
 from upwell.ops.moe import swiglu
 
@@ -160,8 +160,14 @@ def step_by(attend: Attend) -> Callable[..., Tensor]:
     return step
 
 
+def plain_stream_logits(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    flat = streams.flatten(1)
+    scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    return multiplied(flat) @ (rounded(fn) if native.bf16_dots() else fn).T * scale
+
+
 def plain(model: Transformer, ids: Tensor, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Logits by the modules with the operands rounded of all products but the router's, the indexer's and mHC's."""
+    """Logits by the modules with the operands rounded of all products but the router's and the indexer's."""
     bmm, groups = torch.bmm, model.config.o_groups  # wo_a's; mHC's go by tokens
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "plan", lambda model, step=None, heads=False: None)
@@ -171,6 +177,7 @@ def plain(model: Transformer, ids: Tensor, cuts: list[int], monkeypatch: pytest.
         patch.setattr(attention, "attend_step", step_by(plain_attention))
         patch.setattr(model_attention, "attend_step", step_by(plain_attention))
         patch.setattr(moe, "grouped_experts", plain_experts)
+        patch.setattr(hyper_connections, "stream_logits", plain_stream_logits)
         patch.setattr(torch, "bmm", lambda a, b: bmm(rounded(a), rounded(b)) if len(a) == groups else bmm(a, b))
         return outputs(model, ids, cuts)[0]
 

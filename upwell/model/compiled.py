@@ -218,7 +218,9 @@ class _Builder:
         return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
-        fn = self.raw(self.watch(module, "fn", False), None)
+        rounds = self.rounds and native.bf16_dots()
+        weight = self.watch(module, "fn", rounds)
+        fn = self.raw(weight.bfloat16() if rounds else weight, None)
         return native.Mix(fn, self.vector(module, "base"), self.vector(module, "scale"))
 
     def compressor(self, module: Any) -> native.Compressor:
