@@ -210,12 +210,35 @@ INLINE void sum_four(V a, V b, V c, V d, T* out) {
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 
+INLINE Vec larger(Vec a, Vec b) {  // b where either is NaN
+#if VECTOR_BYTES == 64
+  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif VECTOR_BYTES == 32
+  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+#if VECTOR_BYTES == 64
+INLINE Vec smaller(Vec a, Vec b) { return reinterpret_cast<Vec>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+INLINE Vec nearest(Vec x) { return reinterpret_cast<Vec>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 0)); }
+INLINE Vec times_power(Vec x, Vec exponent) {  // x 2^exponent
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(exponent)));
+}
+#endif
+
 // exp to about 1 ulp; exact at -inf (0), +inf and NaN.
 INLINE Vec exp_vec(Vec x) {
+#if VECTOR_BYTES == 64
+  const Vec clamped = smaller(splat(89.0f), larger(splat(-104.0f), x));  // what comes to inf or 0: of inf itself there is no rest
+  const Vec n = nearest(clamped * 1.44269504f);
+#else
   const Vec magic = splat(kRounding);
   Vec clamped = select(x > 88.0f, splat(88.0f), select(x < -87.0f, splat(-87.0f), x));
   Vec shifted = clamped * 1.44269504f + magic;
   Vec n = shifted - magic;
+#endif
   Vec r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -225,11 +248,15 @@ INLINE Vec exp_vec(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if VECTOR_BYTES == 64
+  return times_power(p, n);
+#else
   VecI power = (reinterpret_cast<VecI>(shifted) - reinterpret_cast<VecI>(magic) + 127) << 23;
   Vec result = p * reinterpret_cast<Vec>(power);
   result = select(x < -87.0f, zero(), result);
   result = select(x > 88.0f, splat(__builtin_inff()), result);
   return select(x != x, x, result);
+#endif
 }
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_vec(-x)); }
 
@@ -243,32 +270,31 @@ INLINE Vec square_root(Vec v) {
   return v;
 #endif
 }
-INLINE Vec larger(Vec a, Vec b) {  // b where either is NaN
-#if VECTOR_BYTES == 64
-  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-#elif VECTOR_BYTES == 32
-  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
-#else
-  return select(a > b, a, b);
-#endif
-}
-
 // To the nearest whole number, |x| < 2^22: the low bits of a sum with kRounding hold it.
 INLINE VecI round_to_int(Vec x) {
   const Vec magic = splat(kRounding);
   return reinterpret_cast<VecI>(x + magic) - reinterpret_cast<VecI>(magic);
 }
 
-// 2^x of x <= 0 (or NaN): what a softmax needs. 0 below -126.
+// 2^x of x <= 0 (or NaN): what a softmax needs. 0 below -126, or with AVX-512 below what subnormals hold.
 INLINE Vec exp2_below(Vec x) {
+#if VECTOR_BYTES == 64
+  x = larger(splat(-200.0f), x);  // -inf less itself would be NaN
+  const Vec n = nearest(x), r = x - n;
+#else
   const Vec magic = splat(kRounding), shifted = x + magic, r = x - (shifted - magic);
+#endif
   Vec p = splat(1.33952310e-3f);
   p = p * r + 9.61837694e-3f;
   p = p * r + 5.55033238e-2f;
   p = p * r + 2.40226463e-1f;
   p = p * r + 6.93147182e-1f;
   p = p * r + 1.0f;
+#if VECTOR_BYTES == 64
+  return times_power(p, n);
+#else
   return select(x < -126.0f, zero(), reinterpret_cast<Vec>(reinterpret_cast<VecI>(p) + (reinterpret_cast<VecI>(shifted) << 23)));
+#endif
 }
 
 constexpr float kLog2e = 1.44269504f;

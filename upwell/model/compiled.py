@@ -42,6 +42,7 @@ _CACHED_BYTES = 8 << 20  # dense weights of one layer that stay in a CPU's share
 _DECODED_BYTES = 128 << 20  # packed models up to this size in FP32 are held so, too, for calls of many tokens
 _ARENA = 1 << 23  # floats
 _SEQUENCE = 5  # words of a Sequence
+_FEW_ROWS = native.PANEL // 2
 _PANELS = {native.PANELS, native.PAIRS, native.QUADS}
 
 
@@ -159,7 +160,8 @@ class _Builder:
 
     def matrix(self, weight: Tensor, scale: Tensor | None, groups: int = 1, exact: bool = False) -> native.Matrix:
         made = self.laid_out(weight, scale, groups, exact)
-        self.formats.add(made.format)
+        if made.rows > _FEW_ROWS:
+            self.formats.add(made.format)
         self.weights += made.rows * made.cols
         return made
 
@@ -170,8 +172,15 @@ class _Builder:
         if self.decode or (of_integers and self.quads is not None):
             weight, scale = dense_weight(weight, scale, torch.float32).contiguous(), None
         if self.pack and weight.dtype == torch.float32 and weight.is_contiguous() and weight.device.type == "cpu":
-            return self.panels(weight, groups, exact)
+            few = groups == 1 and len(weight) <= _FEW_ROWS
+            return self.rows(weight, exact) if few else self.panels(weight, groups, exact)
         return self.raw(weight, scale)
+
+    def rows(self, weight: Tensor, exact: bool = False) -> native.Matrix:
+        """A matrix of few rows, of which a panel would be mostly empty: FP32, or BF16 where products are rounded and the
+        CPU multiplies it."""
+        rounds = self.rounds and not exact and native.bf16_dots()
+        return self.raw(weight.bfloat16() if rounds else weight, None)
 
     def integers(self, weight: Tensor, scale: Tensor) -> native.Matrix:
         """INT8 [out, in] or packed INT4 [out, in/2] with a scale a row."""
@@ -218,9 +227,7 @@ class _Builder:
         return self.matrix(weight, scale, groups)
 
     def mix(self, module: nn.Module) -> native.Mix:
-        rounds = self.rounds and native.bf16_dots()
-        weight = self.watch(module, "fn", rounds)
-        fn = self.raw(weight.bfloat16() if rounds else weight, None)
+        fn = self.rows(self.watch(module, "fn", self.rounds))
         return native.Mix(fn, self.vector(module, "base"), self.vector(module, "scale"))
 
     def compressor(self, module: Any) -> native.Compressor:
@@ -501,7 +508,7 @@ def run_layers(
             )  # fmt: skip
             run(plan, call, plan.callbacks[0 if mtp is None else 1 + mtp] if plan.callbacks else None)
             if lasts is not None:  # a sequence that goes on in the next piece comes again
-                lasts[piece.first : piece.first + piece.count] = part[: piece.count]
+                ctypes.memmove(lasts.data_ptr() + 4 * width * piece.first, at_streams, 4 * width * piece.count)
             elif not isinstance(rows, slice):
                 streams[rows] = part
     return streams if lasts is None else lasts
