@@ -295,14 +295,16 @@ class Engine:
             streams = self.runner.streams(batch) if batch[0][1] else batch[0][0].restored
             assert streams is not None
             for row, (sequence, tokens) in enumerate(batch):
-                is_prompt = sequence.status is Status.PREFILL
-                self.scheduler.computed(sequence, tokens)
-                if is_prompt:
-                    self._save(sequence, streams[row])
-                if sequence.status is not Status.DECODE:
+                if sequence.status is Status.DECODE:
+                    sequence.computed += 1
+                    ready.append((row, sequence))
+                    continue
+                through = self.scheduler.computed(sequence, tokens)
+                self._save(sequence, streams[row])
+                if not through:
                     continue
                 ready.append((row, sequence))
-                for fork in self.scheduler.fork(sequence) if is_prompt and not sequence.alone else ():
+                for fork in () if sequence.alone else self.scheduler.fork(sequence):
                     ready.append((row, fork))
                     self.runner.fork(sequence, fork)
             masks = [None if s.mask is None else self._mask(s) for _, s in ready]

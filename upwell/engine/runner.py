@@ -31,7 +31,9 @@ class Runner:
     def streams(self, batch: list[tuple[Sequence, int]]) -> Tensor:
         """The next n tokens of each (sequence, n) -> streams [B, h, D] after the last of them."""
         sequences, lengths = [s for s, _ in batch], [n for _, n in batch]
-        tokens = [s.tokens(s.computed, s.computed + n) for s, n in batch]
+        tokens = [
+            s.output[-1:] if s.status is Status.DECODE else s.tokens(s.computed, s.computed + n) for s, n in batch
+        ]
         # Where MTP has fallen behind, what follows the prompt isn't for it.
         reads = self.reader is not None and any(s.unread is not None or s.status is Status.PREFILL for s in sequences)
         streams = self._extend(sequences, tokens, only_last=not reads)

@@ -76,11 +76,13 @@ class Scheduler:
         fresh = [s for s in prompts if s.restored is None]
         return Batch(decode, self._prefill(fresh, tokens), [s for s in prompts if s.restored is not None])
 
-    def computed(self, sequence: Sequence, tokens: int) -> None:
-        """`tokens` more of the sequence are in the cache."""
+    def computed(self, sequence: Sequence, tokens: int) -> bool:
+        """`tokens` more of the sequence are in the cache. Returns whether all of them are now."""
         sequence.computed += tokens
-        if sequence.computed == len(sequence):
+        through = sequence.computed == len(sequence)
+        if through:
             sequence.status = Status.DECODE
+        return through
 
     def fork(self, leader: Sequence) -> list[Sequence]:
         """Admit those that wait for exactly the prompt that `leader` has just computed: they share its full blocks.
@@ -155,7 +157,7 @@ class Scheduler:
     def _grow(self) -> None:
         """Give every decoding sequence room for its next token, first in order first."""
         for sequence in list(self.running):
-            if sequence.status is not Status.DECODE or len(sequence) <= len(sequence.table) * BLOCK_TOKENS:
+            if sequence.status is not Status.DECODE or sequence.computed < len(sequence.table) * BLOCK_TOKENS:
                 continue
             while not self.blocks.free and sequence.status is Status.DECODE:
                 self.preempt(self.running[-1])

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator
 from ctypes import POINTER, cast, pointer
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain, repeat
 from operator import attrgetter, getitem, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -177,8 +177,8 @@ class _Builder:
         return self.raw(weight, scale)
 
     def rows(self, weight: Tensor, exact: bool = False) -> native.Matrix:
-        """A matrix of few rows, of which a panel would be mostly empty: FP32, or BF16 where products are rounded and the
-        CPU multiplies it."""
+        """A matrix of few rows, of which a panel would be mostly empty: FP32, or BF16 where products are rounded and
+        the CPU multiplies it."""
         rounds = self.rounds and not exact and native.bf16_dots()
         return self.raw(weight.bfloat16() if rounds else weight, None)
 
@@ -426,7 +426,12 @@ class Piece:
 def pieces(input_ids: Tensor, step: Step) -> Iterator[Piece]:
     """The tokens of all sequences, cut into calls of at most CHUNK."""
     tables = array("q", chain.from_iterable(step.tables))
-    at_table = tables.buffer_info()[0]
+    at_table, count = tables.buffer_info()[0], len(step.lengths)
+    if count == input_ids.numel() <= CHUNK:  # a decode step, the short way
+        at_tables = accumulate((8 * len(table) for table in step.tables), initial=at_table)
+        fields = zip(step.slots, step.starts, repeat(1), range(count), at_tables)  # ends with the shortest
+        yield Piece(array("q", chain.from_iterable(fields)), 0, count, slice(0, count), tables)
+        return
     padded = 0 if step.is_ragged(input_ids) else input_ids.shape[1]  # a sequence's rows of the input; 0: its tokens
     sequences, spans, tokens, first = array("q"), [], 0, 0
     owners = zip(step.slots, step.starts, step.lengths, step.tables, strict=True)
