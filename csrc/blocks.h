@@ -23,7 +23,8 @@ static int64_t lay_out_blocks(const Model& m, int64_t tokens, int64_t entries, c
   Bump at{base};
   take_shared(at, b, m, tokens, entries, threads);
   const int64_t shared = at.used, h = m.streams, inter = max64(m.inter, m.shared_inter);
-  const int64_t widest = max64(max64(m.hidden, m.q_rank), max64(max64(inter, m.heads * m.dim / m.groups), max64(m.groups * m.o_rank, h * m.hidden)));
+  const int64_t attended = max64(m.heads * m.dim / m.groups, m.groups * m.o_rank);
+  const int64_t widest = max64(max64(h * m.hidden, m.q_rank), max64(inter, attended));
   Bump own{base + shared};
   for (int i = 0; i <= thread; ++i) {
     take_own(own, b, m, entries);

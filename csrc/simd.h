@@ -231,7 +231,7 @@ INLINE Vec times_power(Vec x, Vec exponent) {  // x 2^exponent
 // exp to about 1 ulp; exact at -inf (0), +inf and NaN.
 INLINE Vec exp_vec(Vec x) {
 #if VECTOR_BYTES == 64
-  const Vec clamped = smaller(splat(89.0f), larger(splat(-104.0f), x));  // what comes to inf or 0: of inf itself there is no rest
+  const Vec clamped = smaller(splat(89.0f), larger(splat(-104.0f), x));  // to inf and 0: inf itself leaves no rest
   const Vec n = nearest(clamped * 1.44269504f);
 #else
   const Vec magic = splat(kRounding);
@@ -270,6 +270,7 @@ INLINE Vec square_root(Vec v) {
   return v;
 #endif
 }
+
 // To the nearest whole number, |x| < 2^22: the low bits of a sum with kRounding hold it.
 INLINE VecI round_to_int(Vec x) {
   const Vec magic = splat(kRounding);
