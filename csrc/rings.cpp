@@ -5,9 +5,10 @@
 
 namespace {
 
-// Rows between a ring and `saved` [layers, pairs, bytes].
+// Rows between a ring and `saved` [layers, pairs, bytes]. In its first round a ring holds nothing yet where a token goes.
 void copy(const upwell::Ring& ring, const int64_t* slots, const int64_t* positions, int64_t pairs, int64_t pair, char* saved,
           bool back) {
+  if (positions[pair] < ring.places) return;
   const int64_t row = slots[pair] * ring.places + positions[pair] % ring.places;
   for (int64_t layer = 0; layer < ring.layers; ++layer) {
     char* here = ring.rows + (layer * ring.slots * ring.places + row) * ring.bytes;

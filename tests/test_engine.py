@@ -14,6 +14,7 @@ from tiny_v4 import EOS, VOCAB, build_llm, build_model, save, save_transformers
 from upwell import LLM, SamplingParams
 from upwell.engine import Delta, Engine, EngineThread
 from upwell.engine.blocks import Pool, blocks_for
+from upwell.engine.outputs import TokenLogprob
 from upwell.errors import CheckpointError, DeviceError, EngineError, InputError, ShuttingDownError
 from upwell.model import KVCache, Step
 
@@ -205,6 +206,28 @@ def test_token_mask_and_its_logprobs(llm: LLM) -> None:
     expected = logits[[40, 50, 60]].log_softmax(0)
     assert sorted(v for _, v in logprobs[0].top) == pytest.approx(sorted(expected.tolist()), abs=1e-4)
     assert logprobs[1].logprob == pytest.approx(0.0) and len(logprobs[2].top) == 5
+
+
+@pytest.mark.parametrize("drafts", [0, 7])
+def test_an_end_without_a_choice_needs_no_forward(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = build_llm(speculative_tokens=drafts)
+    written, forwards = [7, 8, 9], []
+    extend = llm.engine.runner._extend
+    monkeypatch.setattr(llm.engine.runner, "_extend", lambda *a, **k: (forwards.append(1), extend(*a, **k))[1])
+
+    def mask(output: list[int]) -> list[int]:
+        return [written[len(output)], written[len(output)] + 10] if len(output) < len(written) else [EOS]
+
+    bias = {"logit_bias": dict.fromkeys(written, 100.0)}
+    for length, asked in ((4, {"temperature": 0.0}), (5, {"seed": 3, "logprobs": 2})):
+        forwards.clear()
+        params = SamplingParams(max_tokens=20, **asked, **bias)  # type: ignore[arg-type]
+        out = llm.generate({"prompt_token_ids": ids(length)}, params, token_mask=mask)[0].outputs[0]
+        assert out.token_ids == [*written, EOS] and out.finish_reason == "stop"
+        assert len(forwards) == 3, "the prompt's, and one for each token but the first and the end"
+        if out.logprobs is not None:
+            assert out.logprobs[-1] == TokenLogprob(EOS, 0.0, ((EOS, 0.0),))
+    assert llm.engine.stats().generated_tokens == 8
 
 
 def test_a_failing_mask_ends_its_own_request_only(llm: LLM) -> None:

@@ -15,6 +15,7 @@ from tiny_v4 import VOCAB, build_llm, build_model
 from upwell import LLM, SamplingParams
 from upwell.engine import AsyncLLM, Delta, Engine, EngineThread
 from upwell.engine.budget import LEAST, STRETCH, ChunkBudget
+from upwell.engine.sequence import Request
 from upwell.errors import DeadlineError, EngineError, InputError, QueueFullError, ShuttingDownError
 
 LONG = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
@@ -163,6 +164,19 @@ def test_a_cancel_frees_blocks_before_the_next_step() -> None:
     assert engine.stats().blocks_free == 1
     engine.cancel(request)
     assert engine.stats().blocks_free == 4 and not engine.has_work
+
+
+def test_a_sink_that_cancels_its_own_request_is_counted_once() -> None:
+    engine = engine_of(max_num_seqs=1, max_queue=0)
+    requests: list[Request] = []
+    for _ in range(3):
+        requests.append(engine.request(ids(5), few(5), lambda delta: engine.cancel(requests[-1])))
+        engine.add(requests[-1])
+        engine.step()
+        assert not engine.has_work
+    engine.add(engine.request(ids(5), few(5), lambda delta: None))
+    with pytest.raises(QueueFullError):
+        engine.add(engine.request(ids(5), few(5), lambda delta: None))
 
 
 def test_a_failing_sink_ends_its_own_request_only() -> None:

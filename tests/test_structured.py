@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import lark
 import pytest
+import torch
 from tiny_v4 import EOS, build_llm, build_model
 
 from upwell import LLM, SamplingParams
@@ -232,7 +233,8 @@ def test_a_mask_goes_back_to_an_earlier_place(llm: LLM) -> None:
     a, b, c, d, x, y = (ord_id(llm, char) for char in "abcdxy")
     mask, fresh = grammars.mask(matcher, []), grammars.mask(matcher, [])
     for output in ([a, b, c, d], [a, b], [a, b, x], [], [a, b, x, y, EOS], [a]):
-        assert mask(output).tolist() == grammars.mask(matcher, [])(output).tolist()  # type: ignore[union-attr]
+        there, afresh = mask(output), grammars.mask(matcher, [])(output)
+        assert there == afresh == [EOS] if len(output) > 3 else torch.equal(there, afresh)  # type: ignore[arg-type]
     assert fresh.forced([]) == [a, b] and fresh.forced([a, b]) == [] and fresh.forced([a, b, c]) == [d]
     assert fresh.accepts([a], [b, x, d]) == 2
     with pytest.raises(EngineError, match="the grammar failed"):

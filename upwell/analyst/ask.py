@@ -195,20 +195,26 @@ class PlanMask:
         self.grammar = grammar
         self._id_of, self._word_of = tokenizer.id_of, tokenizer.bytes_of
         self.end = self._id_of("<end>")
-        self._states: dict[tuple[int, ...], State] = {(): grammar.start()}
+        self._found: dict[tuple[int, ...], tuple[State, list[int]]] = {}
 
     def __call__(self, generated: Sequence[int]) -> list[int]:
-        return [self._id_of(word) for word in self.grammar.allowed(self._state(tuple(generated)))]
+        return self._after(tuple(generated))[1]
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """The plan's words for token ids."""
         return [self._word(i) for i in ids]
 
-    def _state(self, generated: tuple[int, ...]) -> State:
-        if generated not in self._states:
-            before = self._state(generated[:-1])
-            self._states[generated] = self.grammar.advance(before, self._word(generated[-1]))
-        return self._states[generated]
+    def _after(self, generated: tuple[int, ...]) -> tuple[State, list[int]]:
+        """Where a plan stands after these tokens, and the ids that may follow."""
+        found = self._found.get(generated)
+        if found is None:
+            grammar = self.grammar
+            if generated:
+                state = grammar.advance(self._after(generated[:-1])[0], self._word(generated[-1]))
+            else:
+                state = grammar.start()
+            found = self._found[generated] = state, [self._id_of(word) for word in grammar.allowed(state)]
+        return found
 
     def _word(self, token: int) -> str:
         word: str = self._word_of(token).decode()

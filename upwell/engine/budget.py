@@ -9,9 +9,12 @@ prompt's token takes.
 
 from __future__ import annotations
 
+from collections import deque
+
 STRETCH = 2.0, 8.0  # times as long as decoding alone a step may take that computes prompts too: one, and very many
 LEAST = 8  # prompt tokens, whatever they take: a prompt must get done
 _KEEP = 0.9  # of what is known, a step
+_LATEST = 128  # steps of a kind; what came before them has faded
 _HICCUP = 2.0  # times as long as expected: what a step takes beyond that doesn't count
 _RIDGE = (1e-3, 1e-3, 1e-9)  # what steps haven't told apart goes to the prompt tokens' account
 
@@ -26,9 +29,12 @@ class ChunkBudget:
         # Normal equations, of steps without prompt tokens and of those with: rows a, b, c; the last column is the time.
         self._sums: tuple[list[Row], list[Row]] = (_zeros(), _zeros())
         self._fit = [0.0, 0.0, 0.0]
+        # Steps that aren't counted yet, of either kind: they cost a small model's step less so.
+        self._steps = tuple(deque[tuple[int, int, float]](maxlen=_LATEST) for _ in self._sums)
 
     def tokens(self, decoding: int, prompts: int = 1) -> int:
         """Prompt tokens for a step that decodes `decoding` sequences while `prompts` prompts aren't through."""
+        self._learn()
         self._fit = _solved([[x + y for x, y in zip(*rows, strict=True)] for rows in zip(*self._sums, strict=True)])
         fixed, each, prompt = self._fit
         few, many = STRETCH
@@ -38,17 +44,23 @@ class ChunkBudget:
 
     def measured(self, decoding: int, tokens: int, seconds: float) -> None:
         """A step decoded `decoding` sequences beside `tokens` prompt tokens in `seconds`."""
-        step = (1.0, float(decoding), float(tokens))
-        expected = sum(value * x for value, x in zip(self._fit, step, strict=True))
-        if expected <= 0:
-            expected = seconds
-        if expected <= 0:
-            return
-        equation = [x / expected for x in (*step, min(seconds, _HICCUP * expected))]
-        sums = self._sums[tokens > 0]
-        for row, x in zip(sums, equation, strict=False):
-            for k, y in enumerate(equation):
-                row[k] = _KEEP * row[k] + x * y
+        self._steps[tokens > 0].append((decoding, tokens, seconds))
+
+    def _learn(self) -> None:
+        """Count the steps that were since the last fit, by which they are judged."""
+        for steps, sums in zip(self._steps, self._sums, strict=True):
+            for decoding, tokens, seconds in steps:
+                step = (1.0, float(decoding), float(tokens))
+                expected = sum(value * x for value, x in zip(self._fit, step, strict=True))
+                if expected <= 0:
+                    expected = seconds
+                if expected <= 0:
+                    continue
+                equation = [x / expected for x in (*step, min(seconds, _HICCUP * expected))]
+                for row, x in zip(sums, equation, strict=False):
+                    for k, y in enumerate(equation):
+                        row[k] = _KEEP * row[k] + x * y
+            steps.clear()
 
 
 def _zeros() -> list[Row]:

@@ -22,12 +22,12 @@ from upwell.engine.blocks import blocks_for
 from upwell.engine.budget import ChunkBudget
 from upwell.engine.detokenizer import Detokenizer
 from upwell.engine.fingerprint import fingerprint
-from upwell.engine.outputs import Delta, FinishReason
-from upwell.engine.params import Allowed, SamplingParams, TokenMask, allowed_after
+from upwell.engine.outputs import Delta, Draw, FinishReason
+from upwell.engine.params import Allowed, SamplingParams, TokenMask
 from upwell.engine.prefix import PREFIX_CACHE_BYTES, PrefixCache, next_cut
 from upwell.engine.prefix_disk import PREFIX_CACHE_DISK_BYTES, PrefixDisk
 from upwell.engine.runner import Runner
-from upwell.engine.sampler import Draw, sample
+from upwell.engine.sampler import sample
 from upwell.engine.scheduler import Scheduler
 from upwell.engine.sequence import Request, Sequence, Sink, Status
 from upwell.engine.speculative import MOST_DRAFTS, Draft, Speculator
@@ -357,10 +357,13 @@ class Engine:
     def _verify(self, speculator: Speculator, drafts: list[Draft]) -> None:
         streams = self.runner.verify([d.sequence for d in drafts], [d.tokens for d in drafts])
         # Of each row that a token is drawn from: its sequence, what may come, and after what.
-        sequences, allowed, ahead = list[Sequence](), list[Allowed](), list[list[int]]()
-        rows, counts, begin = list[int](), list[int](), 0
+        sequences: list[Sequence] = []
+        allowed: list[Allowed] = []
+        ahead: list[list[int]] = []
+        rows: list[int] = []
+        counts, begin = [], 0
         for draft in drafts:
-            count = len(draft.tokens) + draft.is_open
+            count = len(draft.tokens) + (draft.error is None)
             sequences += [draft.sequence] * count
             allowed += draft.allowed[:count]
             ahead += [draft.tokens[:k] for k in range(count)]
@@ -382,8 +385,7 @@ class Engine:
         for draft, own in zip(drafts, taken, strict=True):
             self.scheduler.computed(draft.sequence, 1)
             draft.sequence.computed += len(own) - 1  # the last token counts as not computed, a drafted one or not
-            for draw in own:
-                self._append(draft.sequence, draw)
+            self._append(draft.sequence, own)
 
     def _save(self, sequence: Sequence, streams: Tensor) -> None:
         """Keep in the prefix cache what the sequence's prompt came to."""
@@ -397,29 +399,35 @@ class Engine:
 
     def _sample(self, logits: Tensor, sequences: Items[Sequence], allowed: list[Allowed]) -> None:
         for sequence, draw in zip(sequences, sample(logits, sequences, allowed), strict=True):
-            self._append(sequence, draw)
+            self._append(sequence, (draw,))
 
-    def _append(self, sequence: Sequence, draw: Draw) -> None:
+    def _append(self, sequence: Sequence, draws: Items[Draw]) -> None:
         if sequence.status is Status.FINISHED:
             return  # by itself, or another's sink has just cancelled it
-        self._generated += 1
+        before = len(sequence.output)
         try:
-            sequence.append(draw.token, draw.logprob)
-        except Exception as error:  # of its sink or detokenizer
+            sequence.append(draws)
+            if sequence.mask is not None and sequence.finish_reason is None and (end := sequence.only_end()):
+                sequence.append((end,))
+        except Exception as error:  # of its sink, detokenizer or mask
             self._fail(sequence, error)
             return
+        finally:
+            self._generated += len(sequence.output) - before
         if sequence.finish_reason is not None:
             self._finish(sequence, sequence.finish_reason)
 
     def _mask(self, sequence: Sequence) -> Allowed:
         """The ids allowed next, None for all. A mask that fails or allows nothing ends this sequence alone."""
         try:
-            return allowed_after(sequence.mask, sequence.output)
+            return sequence.allowed()
         except Exception as error:
             self._fail(sequence, error)
             return None
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.status is Status.FINISHED:
+            return  # its own sink has cancelled it
         self.scheduler.finish(sequence, reason)
         with self._taking:
             self._open -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from upwell.engine.params import SamplingParams
 from upwell.errors import UpwellError
@@ -22,6 +22,13 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Draw(NamedTuple):
+    """A drawn token, with its log-probabilities where asked for."""
+
+    token: int
+    logprob: TokenLogprob | None
 
 
 @dataclass(slots=True)  # frozen ones take several times as long to make

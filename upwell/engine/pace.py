@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
-from statistics import median
 
 AGAIN = 128  # steps between trials
 _KEPT = 9  # times of each choice, of which the median counts
@@ -44,7 +43,7 @@ class Pace:
     def __init__(self, choices: Sequence[int], acceptance: Acceptance) -> None:
         self.choices, self._acceptance = tuple(choices), acceptance
         self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in choices]
-        self._usual = [0.0] * len(self.choices)  # their medians
+        self._usual = [0.0] * len(self.choices)  # their medians; of an even number, the lower of the two
         self._counts = [0] * len(choices)
         self._since = 0
 
@@ -76,4 +75,5 @@ class Pace:
         self._counts[i] += 1
         if self._counts[i] > 1:
             self._times[i].append(seconds)
-            self._usual[i] = median(self._times[i])
+            times = sorted(self._times[i])
+            self._usual[i] = times[(len(times) - 1) // 2]

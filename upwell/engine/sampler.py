@@ -12,14 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upwell.engine.outputs import TokenLogprob
+from upwell.engine.outputs import Draw, TokenLogprob
 from upwell.engine.params import Allowed, SamplingParams
 from upwell.engine.sequence import Sequence
 
@@ -27,13 +26,6 @@ _CANDIDATES = 1024  # best tokens that top_p looks at first
 _FEW = 32  # ids
 _NEVER = float("-inf")
 _CHUNK = 512  # terms that a running sum in FP32 adds up
-
-
-class Draw(NamedTuple):
-    """A drawn token, with its log-probabilities where asked for."""
-
-    token: int
-    logprob: TokenLogprob | None
 
 
 def sample(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from upwell.engine.detokenizer import Detokenizer
 from upwell.engine.lookup import Lookup
-from upwell.engine.outputs import Delta, FinishReason, TokenLogprob
-from upwell.engine.params import SamplingParams, TokenMask
+from upwell.engine.outputs import Delta, Draw, FinishReason, TokenLogprob
+from upwell.engine.params import Allowed, SamplingParams, TokenMask, allowed_after
 from upwell.engine.prefix import PrefixKeys
 
 Sink = Callable[[Delta], None]
@@ -70,6 +70,7 @@ class Sequence:
         self.detokenizer = detokenizer
         self.output: list[int] = []
         self.mask = request.token_mask if request.new_mask is None else request.new_mask()
+        self._allowed: tuple[int, Allowed] | None = None  # what the mask said after so many tokens of output
         self.counts: Counter[int] = Counter()  # of output tokens, where a penalty needs them
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -98,6 +99,20 @@ class Sequence:
             self._keys = PrefixKeys.of(self.tokens(0, len(self)))
         return self._keys
 
+    def allowed(self) -> Allowed:
+        """What the mask allows next. Raises what it raises, and EngineError where it allows nothing."""
+        if self._allowed is None or self._allowed[0] != len(self.output):
+            self._allowed = len(self.output), allowed_after(self.mask, self.output)
+        return self._allowed[1]
+
+    def only_end(self) -> Draw | None:
+        """The token that ends it, where the mask allows no other: no logits are needed to draw that."""
+        allowed, k = self.allowed(), self.params.logprobs
+        if allowed is None or isinstance(allowed, Tensor) or len(allowed) > 1 or allowed[0] not in self.end_ids:
+            return None
+        token = int(allowed[0])
+        return Draw(token, None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),)[:k]))
+
     def uniform(self, ahead: int = 0) -> float:
         """The random number in [0, 1) of the next token, or of the one `ahead` tokens after it: one for each token,
         however often it is asked for."""
@@ -112,27 +127,33 @@ class Sequence:
             return self.output[start - len(prompt) : stop - len(prompt)]
         return (prompt[start:stop] + self.output[: max(0, stop - len(prompt))])[: stop - start]
 
-    def append(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Take a drawn token, decide whether it is the last, and send what it adds."""
+    def append(self, draws: Iterable[Draw]) -> None:
+        """Take drawn tokens up to the one that is the last, if one is, and send what they add."""
         output, params, detokenizer, text = self.output, self.params, self.detokenizer, ""
-        output.append(token)
-        if params.penalizes:
-            self.counts[token] += 1
-        if not params.is_greedy:
-            self.uniform()
-            self._uniforms.popleft()
-        if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
-            self.finish_reason = "stop"
-        else:
-            if detokenizer is not None:
-                text = detokenizer.push(token, len(output) >= params.min_tokens)
-                if detokenizer.stopped:
-                    self.finish_reason = "stop"
-            if self.finish_reason is None and len(output) >= self.request.limit:
-                self.finish_reason = "length"
+        before = len(output)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        for token, logprob in draws:
+            output.append(token)
+            if logprob is not None:
+                logprobs += (logprob,)
+            if params.penalizes:
+                self.counts[token] += 1
+            if not params.is_greedy:
+                self.uniform()
+                self._uniforms.popleft()
+            if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
+                self.finish_reason = "stop"
+            else:
+                if detokenizer is not None:
+                    text += detokenizer.push(token, len(output) >= params.min_tokens)
+                    if detokenizer.stopped:
+                        self.finish_reason = "stop"
+                if self.finish_reason is None and len(output) >= self.request.limit:
+                    self.finish_reason = "length"
+            if self.finish_reason is not None:
+                break
         if self.finish_reason is not None and detokenizer is not None:
             text += detokenizer.finish()
             if detokenizer.stopped:
                 self.finish_reason = "stop"  # the stop string was complete only with the last bytes
-        logprobs = () if logprob is None else (logprob,)
-        self.request.sink(Delta(self.index, text, (token,), logprobs, self.finish_reason))
+        self.request.sink(Delta(self.index, text, tuple(output[before:]), logprobs, self.finish_reason))

@@ -57,43 +57,42 @@ class Draft:
         allowed = self.allowed[-1] if len(self.allowed) > len(self.tokens) else None
         self.is_certain &= allowed is not None and not isinstance(allowed, Tensor) and len(allowed) == 1
         self.tokens.append(token)
-        if token in self.sequence.end_ids:
-            self.room = len(self.tokens)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a token may be drawn after the last one: neither does that end the sequence, nor has the mask
-        failed there."""
-        return self.error is None and (not self.tokens or self.tokens[-1] not in self.sequence.end_ids)
-
-    def allows(self, token: int) -> bool:
+    def takes(self, token: int) -> bool:
+        """Whether it may come next. One that ends the sequence is none to draft: nothing would be drawn after it, and
+        the model draws it after the token before without."""
         allowed = self.look()
-        if allowed is None or self.error is not None:
-            return self.error is None
+        if self.error is not None or token in self.sequence.end_ids:
+            return False
+        if allowed is None:
+            return True
         if isinstance(allowed, Tensor):
             return bool(int(allowed[token // 32]) >> token % 32 & 1)
         return token in allowed
 
     def look(self) -> Allowed:
         """What may come after the tokens so far; a mask that fails closes the draft."""
-        if len(self.allowed) == len(self.tokens) and self.is_open:
+        if len(self.allowed) == len(self.tokens) and self.error is None:
             self.allowed.append(None)
+            own, tokens = self.sequence, self.tokens
             try:
-                self.allowed[-1] = allowed_after(self.sequence.mask, self.sequence.output + self.tokens)
+                self.allowed[-1] = allowed_after(own.mask, own.output + tokens) if tokens else own.allowed()
             except Exception as error:
                 self.error, self.room = error, len(self.tokens)
         return self.allowed[-1]
 
     def forced(self) -> int | None:
-        """The one token that may come next, or how a forced text is best begun; None where there is a choice."""
+        """The one token that may come next, or how a forced text is best begun; None where there is a choice, and at
+        the end."""
         allowed = self.look()
-        if allowed is None or not self.is_open:
+        if allowed is None or self.error is not None:
             return None
         if not isinstance(allowed, Tensor):
-            return int(allowed[0]) if len(allowed) == 1 else None
-        forced = getattr(self.sequence.mask, "forced", None)
-        text = [] if forced is None else forced(self.sequence.output + self.tokens)
-        return int(text[0]) if text else None
+            text = allowed if len(allowed) == 1 else ()
+        else:
+            forced = getattr(self.sequence.mask, "forced", None)
+            text = () if forced is None else forced(self.sequence.output + self.tokens)
+        return int(text[0]) if text and text[0] not in self.sequence.end_ids else None
 
 
 class Speculator:
@@ -169,7 +168,7 @@ class Speculator:
         """At a step's end: what it took, for the choice of the next ones."""
         seconds = time.perf_counter() - self._began
         mtp, lookup = self._pace(len(drafts))
-        depth, length = max(d.by_mtp for d in drafts), max(d.by_lookup for d in drafts)
+        depth, length = max([d.by_mtp for d in drafts]), max([d.by_lookup for d in drafts])
         if not length:
             mtp.took(depth, seconds)
         if not depth and length in lookup.choices:
@@ -212,7 +211,8 @@ class Speculator:
 
     def _save(self, drafts: Items[Draft], counts: Items[int]) -> None:
         """Keep what so many drafted tokens of each will write over."""
-        slots, positions = list[int](), list[int]()
+        slots: list[int] = []
+        positions: list[int] = []
         for draft, count in zip(drafts, counts, strict=True):
             draft.saved_at = len(slots)
             slots += [draft.sequence.slot] * count
@@ -238,7 +238,7 @@ class Speculator:
         length = self._pace(len(drafts))[1].choose() if any(found) else 0
         for draft, tokens in zip(drafts, found, strict=True):
             for token in tokens[:length]:
-                if len(draft.tokens) == draft.room or not draft.allows(token):
+                if len(draft.tokens) == draft.room or not draft.takes(token):
                     break
                 draft.add(token)
             draft.by_lookup = len(draft.tokens)
@@ -285,7 +285,7 @@ class Speculator:
             for i, draw in zip(free, draws, strict=True):
                 tokens[i] = draw.token
         for draft, token in zip(drafts, tokens, strict=True):
-            if token is not None:
+            if token is not None and token not in draft.sequence.end_ids:
                 draft.add(token)
                 draft.by_mtp += 1
 

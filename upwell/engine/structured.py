@@ -85,15 +85,19 @@ class GrammarMask:
     """A token mask (params.TokenMask) over one grammar, for one completion. `after`: the token that ends reasoning,
     before which everything is allowed."""
 
-    def __init__(self, matcher: LLMatcher, vocab: int, after: int | None) -> None:
-        self._matcher, self._after = matcher, after
+    def __init__(self, matcher: LLMatcher, vocab: int, eos_token_id: int, after: int | None) -> None:
+        self._matcher, self._after, self._eos = matcher, after, eos_token_id
         self._words = -(-vocab // 32)
         self._walked: list[int] = []
 
-    def __call__(self, output: list[int]) -> Tensor | None:
-        """The ids allowed after `output`, one bit each: INT32 [vocab / 32], lowest bit first. None allows all."""
+    def __call__(self, output: list[int]) -> Tensor | list[int] | None:
+        """The ids allowed after `output`, one bit each: INT32 [vocab / 32], lowest bit first. None allows all. At the
+        grammar's end the one that says so."""
         if not self._walk(output):
             return None
+        if self._matcher.is_stopped():
+            self._check()
+            return [self._eos]
         bits = torch.empty(self._words, dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(bits.data_ptr(), bits.nbytes)
         self._check()
@@ -163,7 +167,7 @@ class GrammarCompiler:
         """A mask for one completion of `prompt`. Where the prompt ends in open reasoning, it begins after that."""
         thinks = next((token for token in reversed(prompt) if token in (self._think, self._end_think)), None)
         after = self._end_think if thinks is not None and thinks == self._think else None
-        return GrammarMask(matcher.deep_copy(), self._vocab, after)
+        return GrammarMask(matcher.deep_copy(), self._vocab, self._eos, after)
 
     def _read_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer

@@ -95,6 +95,9 @@ class KVCache:
         if where.type == "cpu" and native.library() is not None:
             rings = [native.Ring(r.data_ptr(), *r.shape[:3], r.shape[3] * r.dtype.itemsize) for r in self._rings]
             self._native = (native.Ring * len(rings))(*rings)
+        # Of a token in all rings.
+        self._row_bytes = sum(r.shape[0] * r.shape[3] * r.dtype.itemsize for r in self._rings)
+        self._kept = array("b")  # what the kernels saved last: memory that is new each time takes longer than they do
         # What changes the cache outside a forward is told before it is done, so that other ranks do it too.
         self.tell: Callable[[str, dict[str, Any], tuple[Tensor, ...]], None] | None = None
 
@@ -103,14 +106,16 @@ class KVCache:
         return sum(t.nbytes for layer in (*self.layers, *self.mtp) for t in layer.tensors())
 
     def save(self, slots: list[int], positions: list[int]) -> SavedRings:
-        """What the rings hold where tokens at these positions of these slots (pairs) will go. As many positions of a
-        slot as its shortest ring has places (2 * csa_ratio), at most."""
+        """What the rings hold where tokens at these positions of these slots (pairs) will go, until the next is saved.
+        As many positions of a slot as its shortest ring has places (2 * csa_ratio), at most."""
         self.told("save", {"slots": slots, "positions": positions})
         if self._native is not None:
             pairs = array("q", slots), array("q", positions)
-            kept = torch.empty(len(slots) * sum(ring.layers * ring.bytes for ring in self._native), dtype=torch.uint8)
-            native.copy_rings(self._native, *pairs, None, kept)
-            return SavedRings(*pairs, [kept])
+            nbytes = len(slots) * self._row_bytes
+            if len(self._kept) < nbytes:
+                self._kept = array("b", bytes(nbytes))
+            native.copy_rings(self._native, *pairs, None, self._kept)
+            return SavedRings(*pairs, self._kept)
         at = torch.tensor(slots, device=self.device), torch.tensor(positions, device=self.device)
         return SavedRings(*at, [ring[:, at[0], at[1] % ring.shape[2]] for ring in self._rings])
 
@@ -120,7 +125,7 @@ class KVCache:
             return
         self.told("restore", {"which": which})
         if self._native is not None:
-            native.copy_rings(self._native, saved.slots, saved.positions, array("q", which), saved.rows[0])
+            native.copy_rings(self._native, saved.slots, saved.positions, array("q", which), saved.rows)
             return
         slots, positions = saved.slots[which], saved.positions[which]
         for ring, rows in zip(self._rings, saved.rows, strict=True):
@@ -148,13 +153,13 @@ class KVCache:
         return stacks
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SavedRings:
     """Rows of all rings at N pairs of slot and position: rows of each stack [n, N, width]."""
 
     slots: Any  # [N], as positions: tensors, or arrays where the kernels copy
     positions: Any
-    rows: list[Tensor]  # those of the kernels are the bytes of all stacks
+    rows: Any  # a list of them, or an array of bytes
 
 
 class DecodeInputs:

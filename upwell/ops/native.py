@@ -294,7 +294,7 @@ def read_memory(tensors: list[torch.Tensor]) -> int:
 
 
 def copy_rings(
-    rings: ctypes.Array[Ring], slots: array[int], positions: array[int], which: array[int] | None, saved: torch.Tensor
+    rings: ctypes.Array[Ring], slots: array[int], positions: array[int], which: array[int] | None, saved: array[int]
 ) -> None:
     """Rows of all rings, at pairs of slot and position, into `saved`; with `which` those pairs' from there back."""
     lib = library()
@@ -302,7 +302,7 @@ def copy_rings(
     some = (None, 0) if which is None else (which.buffer_info()[0], len(which))
     at_slots, at_positions = slots.buffer_info()[0], positions.buffer_info()[0]
     lib.upwell_copy_rings(
-        ctypes.addressof(rings), len(rings), at_slots, at_positions, len(slots), *some, saved.data_ptr()
+        ctypes.addressof(rings), len(rings), at_slots, at_positions, len(slots), *some, saved.buffer_info()[0]
     )
 
 
