@@ -15,6 +15,7 @@ from tiny_v4 import build_tokenizer
 from upwell import SamplingParams
 from upwell.engine import Tokenizer
 from upwell.engine.detokenizer import Detokenizer
+from upwell.engine.outputs import Draw
 from upwell.engine.sampler import sample
 from upwell.engine.sequence import Request, Sequence
 from upwell.errors import InputError
@@ -36,7 +37,7 @@ def draws(count: int, logits: torch.Tensor = LOGITS, **params: Any) -> torch.Ten
     tokens = []
     for _ in range(count):
         tokens.append(sample(logits.clone()[None], [one], [None])[0].token)
-        one.append(tokens[-1], None)  # the next token has a random number of its own
+        one.append([Draw(tokens[-1], None)])  # the next token has a random number of its own
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
 
 

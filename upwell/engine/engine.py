@@ -290,36 +290,40 @@ class Engine:
         batch = [(s, n) for s, n in batch if s.status is not Status.FINISHED]
         if not batch:
             return
-        ready: list[tuple[int, Sequence]] = []  # row of streams, and whose next token it gives
+        ready: list[Sequence] = []  # whose next token is to be drawn,
+        rows: list[int] = []  # from which of the streams
         try:
             streams = self.runner.streams(batch) if batch[0][1] else batch[0][0].restored
             assert streams is not None
             for row, (sequence, tokens) in enumerate(batch):
                 if sequence.status is Status.DECODE:
                     sequence.computed += 1
-                    ready.append((row, sequence))
+                    ready.append(sequence)
+                    rows.append(row)
                     continue
                 through = self.scheduler.computed(sequence, tokens)
                 self._save(sequence, streams[row])
                 if not through:
                     continue
-                ready.append((row, sequence))
-                for fork in () if sequence.alone else self.scheduler.fork(sequence):
-                    ready.append((row, fork))
+                forks = [] if sequence.alone else self.scheduler.fork(sequence)
+                ready += [sequence, *forks]
+                rows += [row] * (1 + len(forks))
+                for fork in forks:
                     self.runner.fork(sequence, fork)
-            masks = [None if s.mask is None else self._mask(s) for _, s in ready]
-            kept = [i for i, (_, s) in enumerate(ready) if s.status is Status.DECODE]  # a mask may have failed
-            if kept:
-                rows, sequences = zip(*(ready[i] for i in kept), strict=True)
+            masks = [None if s.mask is None else self._mask(s) for s in ready]
+            if any([s.status is Status.FINISHED for s in ready]):  # its mask has failed
+                kept = [i for i, s in enumerate(ready) if s.status is Status.DECODE]
+                rows, ready, masks = [rows[i] for i in kept], [ready[i] for i in kept], [masks[i] for i in kept]
+            if ready:
                 once = list(dict.fromkeys(rows))  # forks share a row
                 logits = self.runner.logits(streams if len(once) == len(streams) else streams[once])
                 if len(once) < len(rows):
                     logits = logits[[once.index(row) for row in rows]]
-                self._sample(logits, sequences, [masks[i] for i in kept])
+                self._sample(logits, ready, masks)
         except RankError:
             raise  # nothing runs any more
         except Exception as error:
-            self._failed([*(s for s, _ in batch), *(s for _, s in ready)], error)
+            self._failed([*(s for s, _ in batch), *ready], error)
 
     def _failed(self, sequences: list[Sequence], error: Exception) -> None:
         """The model failed. One sequence fails by itself; of several each is computed again, alone, which shows whose

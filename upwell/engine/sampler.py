@@ -39,10 +39,13 @@ def sample(
     Greedy ties go to the lowest id.
     """
     ahead = [()] * len(sequences) if ahead is None else ahead
-    if logits.device.type == "cpu" and all(map(_takes_best, sequences, allowed, ahead)):
-        if all(ids is None for ids in allowed):
+    # What most greedy requests ask for, and nano's plans: nothing but the best of the allowed ids.
+    plain = [s.params.is_plain and len(s.output) + 1 >= s.params.min_tokens for s in sequences]
+    if logits.device.type == "cpu" and all(plain):
+        if all([ids is None for ids in allowed]):
             return [Draw(token, None) for token in _best_of_all(logits)]
-        return [Draw(_best(row, ids), None) for row, ids in zip(logits.numpy(), allowed, strict=True)]
+        if not any([isinstance(ids, Tensor) for ids in allowed]):
+            return [Draw(_best(row, ids), None) for row, ids in zip(logits.numpy(), allowed, strict=True)]
     for row, sequence, ids, before in zip(logits, sequences, allowed, ahead, strict=True):
         _edit(row, sequence, ids, before)
     drawn = [b for b, s in enumerate(sequences) if not s.params.is_greedy]
@@ -55,12 +58,6 @@ def sample(
             chosen[b] = token
     entries = _logprobs(logits, chosen, sequences) if logprobs else {}
     return [Draw(token, entries.get(b)) for b, token in enumerate(chosen)]
-
-
-def _takes_best(sequence: Sequence, allowed: Allowed, ahead: Items[int]) -> bool:
-    """Nothing but the best of the allowed ids is asked for: what most greedy requests do, and nano's plans."""
-    params, number = sequence.params, len(sequence.output) + len(ahead) + 1
-    return params.is_plain and not isinstance(allowed, Tensor) and number >= params.min_tokens
 
 
 def _best_of_all(logits: Tensor) -> list[int]:

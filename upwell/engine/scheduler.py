@@ -194,4 +194,4 @@ class Scheduler:
 
 def _same_prompt(a: Sequence, b: Sequence) -> bool:
     """Neither has output, and the prompts are equal."""
-    return not a.output and not b.output and a.keys.whole == b.keys.whole and len(a) == len(b)
+    return len(a) == len(b) and not a.output and not b.output and a.keys.whole == b.keys.whole
