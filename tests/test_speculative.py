@@ -260,6 +260,21 @@ def test_drafts_are_as_many_as_pay(share: float, cost: float, best: int) -> None
     assert Counter(chosen[200:]).most_common(1)[0][0] == best
 
 
+def test_a_machine_that_becomes_slower_changes_no_choice() -> None:
+    """Drafts pay, by a tenth; then every step takes twice as long for a while, which is seen at steps without first."""
+    acceptance = Acceptance(3)
+    pace, chosen = Pace(range(4), acceptance), []
+    for step in range(3000):
+        slow = 2.0 if 600 <= step < 900 or step >= 1800 else 1.0
+        could = step % 2  # every other step has nothing to propose
+        k = pace.choose() if could else 0
+        acceptance.saw(k, min(k, int(step % 3 > 0)))
+        pace.took(k, slow * (1 + 0.25 * k))
+        if could and step > 100:
+            chosen.append(k)
+    assert Counter(chosen)[1] > 0.97 * len(chosen)
+
+
 @pytest.mark.parametrize("wrong", [-1, 8])
 def test_refused(model: Transformer, wrong: int) -> None:
     with pytest.raises(InputError, match=f"speculative_tokens is {wrong}, must be from 0 to 7"):

@@ -2,7 +2,9 @@
 
 A step that drafts k tokens brings 1 + a1 + a1 a2 + ... tokens a sequence, where a_d is how often the d-th draft is
 accepted once those before it were. Divided by what such a step takes, that is a speed; the fastest k is taken, 0 if
-that is none. Now and then a neighbour is tried again, for acceptance and times change.
+that is none. Now and then a neighbour is tried again, for acceptance and times change. Times are kept as multiples of
+what a step without drafts took just then: a machine that others use becomes slower and faster by itself, and what is
+seldom tried shouldn't be judged by that.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ class Acceptance:
 
 
 class Pace:
-    """The choice for steps of one batch size among `choices`, numbers of drafts that rise from 0."""
+    """The choice for steps of one batch size among `choices`, numbers of drafts that rise from 0, which comes first."""
 
     def __init__(self, choices: Sequence[int], acceptance: Acceptance) -> None:
         self.choices, self._acceptance = tuple(choices), acceptance
-        self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in choices]
-        self._usual = [0.0] * len(self.choices)  # their medians; of an even number, the lower of the two
+        self._times: list[deque[float]] = [deque(maxlen=_KEPT) for _ in choices]  # of the first in seconds
+        self._without = 0.0  # seconds, the median of the first's
+        self._usual = [1.0] * len(self.choices)  # medians of the others', which are multiples of that
         self._counts = [0] * len(choices)
         self._since = 0
 
@@ -73,7 +76,15 @@ class Pace:
         """A step that drafted k tokens took this long."""
         i = self.choices.index(k)
         self._counts[i] += 1
-        if self._counts[i] > 1:
-            self._times[i].append(seconds)
-            times = sorted(self._times[i])
-            self._usual[i] = times[(len(times) - 1) // 2]
+        if self._counts[i] == 1:
+            return
+        if i == 0:
+            self._without = _median(self._times[0], seconds)
+        elif self._without > 0:
+            self._usual[i] = _median(self._times[i], seconds / self._without)
+
+
+def _median(kept: deque[float], value: float) -> float:
+    """Of what is kept with this value; of an even number, the lower of the two."""
+    kept.append(value)
+    return sorted(kept)[(len(kept) - 1) // 2]
