@@ -195,7 +195,7 @@ class PlanMask:
         self.grammar = grammar
         self._id_of, self._word_of = tokenizer.id_of, tokenizer.bytes_of
         self.end = self._id_of("<end>")
-        self._found: dict[tuple[int, ...], tuple[State, list[int]]] = {}
+        self._found: dict[tuple[int, ...], tuple[State, list[int]]] = {(): self._with_ids(grammar.start())}
 
     def __call__(self, generated: Sequence[int]) -> list[int]:
         return self._after(tuple(generated))[1]
@@ -206,15 +206,13 @@ class PlanMask:
 
     def _after(self, generated: tuple[int, ...]) -> tuple[State, list[int]]:
         """Where a plan stands after these tokens, and the ids that may follow."""
-        found = self._found.get(generated)
-        if found is None:
-            grammar = self.grammar
-            if generated:
-                state = grammar.advance(self._after(generated[:-1])[0], self._word(generated[-1]))
-            else:
-                state = grammar.start()
-            found = self._found[generated] = state, [self._id_of(word) for word in grammar.allowed(state)]
-        return found
+        if generated not in self._found:
+            before, _ = self._after(generated[:-1])
+            self._found[generated] = self._with_ids(self.grammar.advance(before, self._word(generated[-1])))
+        return self._found[generated]
+
+    def _with_ids(self, state: State) -> tuple[State, list[int]]:
+        return state, [self._id_of(word) for word in self.grammar.allowed(state)]
 
     def _word(self, token: int) -> str:
         word: str = self._word_of(token).decode()

@@ -32,6 +32,11 @@ def allowed_after(mask: TokenMask | None, output: list[int]) -> Allowed:
     return allowed
 
 
+def only_choice(allowed: Allowed) -> int | None:
+    """The one id that may come, where ids are given and it is one."""
+    return int(allowed[0]) if allowed is not None and not isinstance(allowed, Tensor) and len(allowed) == 1 else None
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Validated at construction: an InputError names the parameter and its value.

@@ -40,8 +40,9 @@ def sample(
     """
     ahead = [()] * len(sequences) if ahead is None else ahead
     # What most greedy requests ask for, and nano's plans: nothing but the best of the allowed ids.
-    plain = [s.params.is_plain and len(s.output) + 1 >= s.params.min_tokens for s in sequences]
-    if logits.device.type == "cpu" and all(plain):
+    if logits.device.type == "cpu" and all(
+        [s.params.is_plain and len(s.output) + 1 >= s.params.min_tokens for s in sequences]
+    ):
         if all([ids is None for ids in allowed]):
             return [Draw(token, None) for token in _best_of_all(logits)]
         if not any([isinstance(ids, Tensor) for ids in allowed]):

@@ -13,7 +13,7 @@ from torch import Tensor
 from upwell.engine.detokenizer import Detokenizer
 from upwell.engine.lookup import Lookup
 from upwell.engine.outputs import Delta, Draw, FinishReason, TokenLogprob
-from upwell.engine.params import Allowed, SamplingParams, TokenMask, allowed_after
+from upwell.engine.params import Allowed, SamplingParams, TokenMask, allowed_after, only_choice
 from upwell.engine.prefix import PrefixKeys
 
 Sink = Callable[[Delta], None]
@@ -107,10 +107,9 @@ class Sequence:
 
     def only_end(self) -> Draw | None:
         """The token that ends it, where the mask allows no other: no logits are needed to draw that."""
-        allowed, k = self.allowed(), self.params.logprobs
-        if allowed is None or isinstance(allowed, Tensor) or len(allowed) > 1 or allowed[0] not in self.end_ids:
+        token, k = only_choice(self.allowed()), self.params.logprobs
+        if token is None or token not in self.end_ids:
             return None
-        token = int(allowed[0])
         return Draw(token, None if k is None else TokenLogprob(token, 0.0, ((token, 0.0),)[:k]))
 
     def uniform(self, ahead: int = 0) -> float:
@@ -129,31 +128,36 @@ class Sequence:
 
     def append(self, draws: Iterable[Draw]) -> None:
         """Take drawn tokens up to the one that is the last, if one is, and send what they add."""
-        output, params, detokenizer, text = self.output, self.params, self.detokenizer, ""
-        before = len(output)
+        detokenizer, text, before = self.detokenizer, "", len(self.output)
         logprobs: tuple[TokenLogprob, ...] = ()
         for token, logprob in draws:
-            output.append(token)
+            text += self._take(token)
             if logprob is not None:
                 logprobs += (logprob,)
-            if params.penalizes:
-                self.counts[token] += 1
-            if not params.is_greedy:
-                self.uniform()
-                self._uniforms.popleft()
-            if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
-                self.finish_reason = "stop"
-            else:
-                if detokenizer is not None:
-                    text += detokenizer.push(token, len(output) >= params.min_tokens)
-                    if detokenizer.stopped:
-                        self.finish_reason = "stop"
-                if self.finish_reason is None and len(output) >= self.request.limit:
-                    self.finish_reason = "length"
             if self.finish_reason is not None:
                 break
         if self.finish_reason is not None and detokenizer is not None:
             text += detokenizer.finish()
             if detokenizer.stopped:
                 self.finish_reason = "stop"  # the stop string was complete only with the last bytes
-        self.request.sink(Delta(self.index, text, tuple(output[before:]), logprobs, self.finish_reason))
+        self.request.sink(Delta(self.index, text, tuple(self.output[before:]), logprobs, self.finish_reason))
+
+    def _take(self, token: int) -> str:
+        """Take a drawn token and decide whether it is the last -> the text that it made certain."""
+        output, params, detokenizer, text = self.output, self.params, self.detokenizer, ""
+        output.append(token)
+        if params.penalizes:
+            self.counts[token] += 1
+        if not params.is_greedy:
+            self.uniform()
+            self._uniforms.popleft()
+        if token in self.end_ids:  # before min_tokens it was drawn only because nothing else was allowed
+            self.finish_reason = "stop"
+            return text
+        if detokenizer is not None:
+            text = detokenizer.push(token, len(output) >= params.min_tokens)
+            if detokenizer.stopped:
+                self.finish_reason = "stop"
+        if self.finish_reason is None and len(output) >= self.request.limit:
+            self.finish_reason = "length"
+        return text

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from upwell.config import BLOCK_TOKENS
 from upwell.engine.lookup import Lookup
 from upwell.engine.pace import AGAIN, Acceptance, Pace
-from upwell.engine.params import Allowed, allowed_after
+from upwell.engine.params import Allowed, allowed_after, only_choice
 from upwell.engine.runner import Runner
 from upwell.engine.sampler import sample
 from upwell.engine.sequence import Sequence, Status, Unread
@@ -54,18 +54,19 @@ class Draft:
     is_certain: bool = True  # the mask left no other choice at any of the tokens
 
     def add(self, token: int) -> None:
+        """One more token. One that would end the sequence only closes the draft: nothing comes after it, and the model
+        draws it after the token before without."""
+        if token in self.sequence.end_ids:
+            self.room = len(self.tokens)
+            return
         allowed = self.allowed[-1] if len(self.allowed) > len(self.tokens) else None
-        self.is_certain &= allowed is not None and not isinstance(allowed, Tensor) and len(allowed) == 1
+        self.is_certain &= only_choice(allowed) is not None
         self.tokens.append(token)
 
-    def takes(self, token: int) -> bool:
-        """Whether it may come next. One that ends the sequence is none to draft: nothing would be drawn after it, and
-        the model draws it after the token before without."""
+    def allows(self, token: int) -> bool:
         allowed = self.look()
-        if self.error is not None or token in self.sequence.end_ids:
-            return False
-        if allowed is None:
-            return True
+        if allowed is None or self.error is not None:
+            return self.error is None
         if isinstance(allowed, Tensor):
             return bool(int(allowed[token // 32]) >> token % 32 & 1)
         return token in allowed
@@ -82,17 +83,15 @@ class Draft:
         return self.allowed[-1]
 
     def forced(self) -> int | None:
-        """The one token that may come next, or how a forced text is best begun; None where there is a choice, and at
-        the end."""
+        """The one token that may come next, or how a forced text is best begun; None where there is a choice."""
         allowed = self.look()
         if allowed is None or self.error is not None:
             return None
         if not isinstance(allowed, Tensor):
-            text = allowed if len(allowed) == 1 else ()
-        else:
-            forced = getattr(self.sequence.mask, "forced", None)
-            text = () if forced is None else forced(self.sequence.output + self.tokens)
-        return int(text[0]) if text and text[0] not in self.sequence.end_ids else None
+            return only_choice(allowed)
+        forced = getattr(self.sequence.mask, "forced", None)
+        text = [] if forced is None else forced(self.sequence.output + self.tokens)
+        return int(text[0]) if text else None
 
 
 class Speculator:
@@ -238,7 +237,7 @@ class Speculator:
         length = self._pace(len(drafts))[1].choose() if any(found) else 0
         for draft, tokens in zip(drafts, found, strict=True):
             for token in tokens[:length]:
-                if len(draft.tokens) == draft.room or not draft.takes(token):
+                if len(draft.tokens) == draft.room or not draft.allows(token):
                     break
                 draft.add(token)
             draft.by_lookup = len(draft.tokens)
@@ -285,9 +284,9 @@ class Speculator:
             for i, draw in zip(free, draws, strict=True):
                 tokens[i] = draw.token
         for draft, token in zip(drafts, tokens, strict=True):
-            if token is not None and token not in draft.sequence.end_ids:
+            if token is not None:
                 draft.add(token)
-                draft.by_mtp += 1
+                draft.by_mtp = len(draft.tokens)
 
     def _feed(self, sequences: list[Sequence], reads: list[Unread], next_ids: list[list[int]] | None = None) -> Tensor:
         """Streams through MTP, each with the token after it -> MTP's streams [B, h, D] at each sequence's last."""

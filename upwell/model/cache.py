@@ -95,8 +95,7 @@ class KVCache:
         if where.type == "cpu" and native.library() is not None:
             rings = [native.Ring(r.data_ptr(), *r.shape[:3], r.shape[3] * r.dtype.itemsize) for r in self._rings]
             self._native = (native.Ring * len(rings))(*rings)
-        # Of a token in all rings.
-        self._row_bytes = sum(r.shape[0] * r.shape[3] * r.dtype.itemsize for r in self._rings)
+        self._row_bytes = sum(ring.layers * ring.bytes for ring in self._native or ())  # of a token in all rings
         self._kept = array("b")  # what the kernels saved last: memory that is new each time takes longer than they do
         # What changes the cache outside a forward is told before it is done, so that other ranks do it too.
         self.tell: Callable[[str, dict[str, Any], tuple[Tensor, ...]], None] | None = None
